@@ -1,7 +1,7 @@
 """ModelConfig: the shape and constants of a Llama-3 model, read strictly from a Hugging Face folder.
 
 Nothing is guessed. A key that changes the numbers and is missing raises, because the class defaults of transformers
-(base 10000, epsilon 1e-6, as many kv heads as heads) are the wrong answer for Llama 3. Keys that do not change inference
+(base 10000, epsilon 1e-6, as many kv heads as heads) are the wrong answer for Llama 3. Keys that inference does not use
 are ignored.
 """
 

@@ -29,7 +29,7 @@ def read_json_object(path: Path, error: type[UserError]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class JsonObject:
-    """Typed, strict access to a JSON object. A null counts as absent; every failure raises `error` with source and key."""
+    """Typed, strict access to a JSON object. A null counts as absent; failures raise `error` with source and key."""
 
     values: Mapping[str, Any]
     source: str
