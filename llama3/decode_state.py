@@ -1,0 +1,85 @@
+"""What a decode step reads and writes besides weights and cache: arrays with one row a sequence, at fixed addresses.
+
+Because nothing here ever moves, one captured graph serves every step; the host only rewrites rows between steps.
+"""
+
+from collections.abc import Sequence as Rows
+from dataclasses import replace
+
+import torch
+
+from llama3.sampling import FLOAT_FIELDS, INTEGER_FIELDS, SamplingTensors
+from llama3.sequence import Sequence
+
+IDLE = -1
+
+
+class DecodeState:
+    """Rows 0 .. num_rows - 1 of a batch; row r decodes the sequence in cache slot r.
+
+    token_ids: int64 [R], the token to feed next. positions: int32 [R], where it goes; IDLE marks an empty row.
+    last_positions: int32 [R], the last position that may be fed. slots: int32 [R]. stop_ids: int64 [R, S], padded
+    with -1. first_stop_positions: int32 [R], where a stop token may first be drawn.
+    """
+
+    def __init__(self, num_rows: int, max_stop_ids: int, device: torch.device) -> None:
+        self.num_rows, self.max_stop_ids, self.device = num_rows, max_stop_ids, device
+        self.token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.positions = torch.full((num_rows,), IDLE, dtype=torch.int32, device=device)
+        self.last_positions = torch.full((num_rows,), IDLE, dtype=torch.int32, device=device)
+        self.first_stop_positions = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self.slots = torch.arange(num_rows, dtype=torch.int32, device=device)
+        self.stop_ids = torch.full((num_rows, max_stop_ids), -1, dtype=torch.int64, device=device)
+        self.sampling = SamplingTensors.allocate(num_rows, device)
+
+    def assign(self, rows: Rows[int], sequences: Rows[Sequence]) -> None:
+        """Give rows to new sequences. They stay idle until `place` gives them a first token."""
+        index = self._to_device(list(rows), torch.int64)
+        params = [sequence.params for sequence in sequences]
+        values: dict[str, list[int] | list[float]] = {
+            "temperature": [p.temperature for p in params],
+            "top_p": [p.top_p for p in params],
+            "min_p": [p.min_p for p in params],
+            "top_k": [max(p.top_k, 0) for p in params],
+            "seed": [s.seed for s in sequences],
+            "request": [s.rng_request for s in sequences],
+            "sample": [s.sample for s in sequences],
+        }
+        for name in INTEGER_FIELDS + FLOAT_FIELDS:
+            target = getattr(self.sampling, name)
+            target[index] = self._to_device(values[name], target.dtype)
+        prompt_lens = [len(s.prompt_ids) for s in sequences]
+        self.last_positions[index] = self._to_device([s.max_context_len - 1 for s in sequences], torch.int32)
+        self.first_stop_positions[index] = self._to_device(
+            [n + p.min_tokens for n, p in zip(prompt_lens, params, strict=True)], torch.int32
+        )
+        padded = [sorted(s.stop_ids) + [-1] * (self.max_stop_ids - len(s.stop_ids)) for s in sequences]
+        self.stop_ids[index] = self._to_device(padded, torch.int64)
+        self.positions[index] = IDLE
+
+    def release(self, rows: Rows[int]) -> None:
+        """Make rows idle, so that steps to come neither read nor write their slots."""
+        self.positions[self._to_device(list(rows), torch.int64)] = IDLE
+
+    def place(self, rows: torch.Tensor | slice, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """Store the tokens drawn for `rows` at `positions`; rows whose token ended them, or was their last, go idle."""
+        ended = (token_ids[:, None] == self.stop_ids[rows]).any(-1) & (positions >= self.first_stop_positions[rows])
+        ended |= positions > self.last_positions[rows]
+        self.token_ids[rows] = token_ids
+        self.positions[rows] = torch.where(ended, IDLE, positions)
+
+    def forbid_early_stops(self, logits: torch.Tensor, rows: torch.Tensor | slice, positions: torch.Tensor) -> None:
+        """In place: no stop token can be drawn at a position before the row's min_tokens. logits [B, V]."""
+        stop_ids = self.stop_ids[rows]
+        early = (positions < self.first_stop_positions[rows])[:, None] & (stop_ids >= 0)
+        penalty = torch.where(early, -torch.inf, 0.0).to(logits.dtype)
+        logits.scatter_add_(1, stop_ids.clamp(min=0), penalty)
+
+    def with_flags(self, all_greedy: bool, any_filter: bool) -> SamplingTensors:
+        """The sampling arrays, with what the host knows of the rows now in use."""
+        return replace(self.sampling, all_greedy=all_greedy, any_filter=any_filter)
+
+    def _to_device(self, values: list, dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.tensor(values, dtype=dtype)
+        # From pinned memory the copy is only enqueued: the host does not wait for steps in flight.
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor

@@ -1,0 +1,181 @@
+"""The engine: prefill, decode, finish, on token ids only. It knows nothing of text.
+
+Steps are launched ahead of the host: while one group of tokens is being read back, the next is already computing.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from llama3.decode_state import DecodeState
+from llama3.forward_batch import PrefillBatch
+from llama3.kv_cache import BLOCK_SIZE, KVCache
+from llama3.model import Transformer
+from llama3.runner import GRAPH_STEPS, PendingTokens, Runner, StepOptions
+from llama3.scheduler import PrefillWork, Scheduler
+from llama3.sequence import Sequence
+
+# Groups of decode steps in flight before the host reads the oldest: one computing, one being read.
+MAX_PENDING = 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """New tokens of one sequence."""
+
+    sequence: Sequence
+    token_ids: list[int]
+
+
+class Engine:
+    """Runs sequences to their end over one model.
+
+    The cache is sized for the job at hand by `prepare` and kept for later ones that fit into it.
+    """
+
+    def __init__(
+        self, model: Transformer, device: torch.device, dtype: torch.dtype, max_num_batched_tokens: int
+    ) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.cache: KVCache | None = None
+
+    def prepare(self, num_rows: int, max_len: int, max_stop_ids: int) -> None:
+        """Make sure of a cache of `num_rows` sequences of `max_len` tokens. No sequence may be running."""
+        cache = self.cache
+        if (
+            cache is None
+            or cache.num_slots < num_rows
+            or cache.max_len < max_len
+            or self.state.max_stop_ids < max_stop_ids
+        ):
+            self.release()
+            max_len = -(-max_len // BLOCK_SIZE) * BLOCK_SIZE
+            self.cache = KVCache(self.model.config, num_rows, max_len, self.dtype, self.device)
+            self.state = DecodeState(num_rows, max_stop_ids, self.device)
+            self.runner = Runner(self.model, self.cache, self.state)
+        self.scheduler = Scheduler(num_rows, self.max_num_batched_tokens)
+        self._pending: deque[PendingTokens] = deque()
+
+    def release(self) -> None:
+        """Give the cache's memory back, and the captured graphs with it."""
+        self.cache = None
+        if hasattr(self, "runner"):
+            del self.runner, self.state, self.scheduler
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._pending)
+
+    @torch.inference_mode()
+    def step(self) -> list[Progress]:
+        """Launch the next prefill or decode steps, and report the tokens that have arrived since."""
+        launched = self._prefill() or self._decode()
+        if self._pending and (not launched or len(self._pending) >= MAX_PENDING or self.device.type != "cuda"):
+            return self._collect(self._pending.popleft())
+        return []
+
+    def abort_all(self) -> None:
+        """Drop everything that waits or runs; the engine can be used again."""
+        self.state.release(range(self.state.num_rows))
+        self._pending.clear()
+        self.scheduler = Scheduler(self.scheduler.num_rows, self.max_num_batched_tokens)
+
+    def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        """End a running sequence for a reason that only the caller can see, such as a stop string."""
+        sequence.finish(reason, stop_reason)
+        self._free(sequence)
+
+    def _prefill(self) -> bool:
+        work = self.scheduler.next_prefill()
+        if work is None:
+            return False
+        assert self.cache is not None
+        fresh = [pair for pair in work.placements() if pair[0].num_prefilled == 0]
+        if fresh:
+            for _, row in fresh:
+                self.cache.reset(row)
+            self.state.assign([row for _, row in fresh], [sequence for sequence, _ in fresh])
+        starts = self.cache.reserve(work.rows, work.counts)
+        batch = PrefillBatch.build(work.rows, work.counts, starts, self.device)
+        token_ids = [
+            token
+            for sequence, start, count in zip(work.sequences, starts, work.counts, strict=True)
+            for token in sequence.prompt_ids[start : start + count]
+        ]
+        logits = self.runner.prefill(token_ids, batch)
+        for sequence, count in zip(work.sequences, work.counts, strict=True):
+            sequence.num_prefilled += count
+        self._draw_first(work, logits)
+        return True
+
+    def _draw_first(self, work: PrefillWork, logits: torch.Tensor) -> None:
+        """First tokens of the prompts that are complete, and of the other samples of the same prompts."""
+        assert self.cache is not None
+        drawn: list[tuple[Sequence, int, int]] = []  # sequence, its row, its row of logits
+        for i, leader in enumerate(work.sequences):
+            if leader.num_prefilled < len(leader.prompt_ids):
+                continue
+            drawn.append((leader, work.rows[i], i))
+            for follower, row in work.followers[i]:
+                self.cache.copy_slot(work.rows[i], row)
+                follower.num_prefilled = len(follower.prompt_ids)
+                drawn.append((follower, row, i))
+        if not drawn:
+            return
+        sequences, rows, sources = (list(column) for column in zip(*drawn, strict=True))
+        for sequence in sequences:
+            sequence.num_scheduled = 1
+        self._pending.append(self.runner.draw_first(logits[sources], rows, sequences))
+
+    def _decode(self) -> bool:
+        """Launch steps for every row that still has tokens to draw. False if there is none."""
+        assert self.cache is not None
+        running = {
+            row: sequence
+            for row, sequence in self.scheduler.running.items()
+            if 0 < sequence.num_scheduled < sequence.max_tokens
+        }
+        if not running:
+            return False
+        options = StepOptions.of(list(running.values()))
+        one_by_one = options.num_logprobs is not None or self.device.type != "cuda"
+        longest = max(s.max_tokens - s.num_scheduled for s in running.values())
+        num_steps = 1 if one_by_one else min(GRAPH_STEPS, longest)
+        for row, sequence in running.items():
+            count = min(num_steps, sequence.max_tokens - sequence.num_scheduled)
+            self.cache.reserve([row], [count])
+            sequence.num_scheduled += count
+        self._pending.append(self.runner.decode(running, max(running) + 1, num_steps))
+        return True
+
+    def _collect(self, pending: PendingTokens) -> list[Progress]:
+        progress = []
+        for sequence, tokens, logprobs in pending.wait():
+            taken = []
+            for token in tokens:
+                if sequence.finished:  # what was drawn after the end, before the host knew of it
+                    break
+                sequence.append(token)
+                taken.append(token)
+            if taken:
+                sequence.logprobs.extend(logprobs)
+                progress.append(Progress(sequence, taken))
+            if taken and sequence.finished:
+                self._free(sequence)
+        return progress
+
+    def _free(self, sequence: Sequence) -> None:
+        for row, running in list(self.scheduler.running.items()):
+            if running is sequence:
+                self.scheduler.release(row)
+                self.state.release([row])
+                return
+        if sequence in self.scheduler.waiting:
+            self.scheduler.waiting.remove(sequence)

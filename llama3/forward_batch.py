@@ -1,0 +1,62 @@
+"""What a forward pass is told besides token ids: which slots its tokens belong to, and at which positions.
+
+Everything that a captured decode step reads lies in device tensors of fixed address; prefill shapes differ from call
+to call anyway, so a prefill batch also keeps its lengths on the host.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PrefillBatch:
+    """Prompts packed end to end without padding: T tokens of B sequences.
+
+    slots, positions: int64 [T], of each token. seq_starts: int32 [B + 1], where each sequence's tokens begin.
+    seq_slots, seq_lens, past_lens: B host integers: its slot, its new tokens, its tokens already in the cache.
+    """
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    seq_starts: torch.Tensor
+    seq_slots: tuple[int, ...]
+    seq_lens: tuple[int, ...]
+    past_lens: tuple[int, ...]
+
+    @classmethod
+    def build(
+        cls,
+        seq_slots: Sequence[int],
+        seq_lens: Sequence[int],
+        past_lens: Sequence[int],
+        device: torch.device | str,
+    ) -> "PrefillBatch":
+        slots = [slot for slot, n in zip(seq_slots, seq_lens, strict=True) for _ in range(n)]
+        positions = [p for past, n in zip(past_lens, seq_lens, strict=True) for p in range(past, past + n)]
+        starts = [0]
+        for n in seq_lens:
+            starts.append(starts[-1] + n)
+        return cls(
+            slots=torch.tensor(slots, dtype=torch.int64, device=device),
+            positions=torch.tensor(positions, dtype=torch.int64, device=device),
+            seq_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+            seq_slots=tuple(seq_slots),
+            seq_lens=tuple(seq_lens),
+            past_lens=tuple(past_lens),
+        )
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One new token for each of B sequences.
+
+    slots: int32 [B]. positions: int32 [B], the index of the new token, which is the number of tokens already cached;
+    a negative position marks an idle row, which attends to nothing, writes nothing and returns zeros.
+    max_context_len: a bound known on the host on `positions + 1`.
+    """
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    max_context_len: int

@@ -1,0 +1,65 @@
+"""The seam: the ops that a model is made of, once in PyTorch and once in CUDA.
+
+`select` decides which implementation runs and says why; nothing falls back in silence.
+"""
+
+from typing import Protocol
+
+import torch
+
+from llama3.config import ModelConfig
+from llama3.errors import DeviceError
+from llama3.forward_batch import DecodeBatch, PrefillBatch
+from llama3.kv_cache import LayerCache
+from llama3.ops.reference import ReferenceOps
+from llama3.rope import RopeTable
+from llama3.sampling import SamplingTensors
+
+CHOICES = ("auto", "reference", "cuda")
+
+
+class Ops(Protocol):
+    """What `llama3.ops.reference` defines and every implementation provides; see there for meanings and shapes."""
+
+    @property
+    def name(self) -> str: ...
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor: ...
+
+    def norm_linear(
+        self, x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor: ...
+
+    def rope_append_attend(
+        self, qkv: torch.Tensor, rope: RopeTable, cache: LayerCache, batch: PrefillBatch | DecodeBatch
+    ) -> torch.Tensor: ...
+
+    def linear_add(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor: ...
+
+    def norm_swiglu(
+        self, x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float
+    ) -> torch.Tensor: ...
+
+    def sample(self, logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor) -> torch.Tensor: ...
+
+
+def select(choice: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Ops, str]:
+    """The ops for `choice` ("auto", "reference" or "cuda") and a line that says which they are and why.
+
+    Raises DeviceError where "cuda" was asked for and cannot run.
+    """
+    if choice not in CHOICES:
+        raise DeviceError(f"kernels={choice!r} is unknown; choose one of {', '.join(CHOICES)}")
+    if choice == "reference":
+        return ReferenceOps(), "reference ops (PyTorch), as asked"
+    reason = "the device is a CPU" if device.type != "cuda" else None
+    if reason is None:
+        from llama3.ops.cuda import CudaOps  # builds and loads the kernels: only when they are wanted
+
+        reason = CudaOps.why_not(config, dtype, device)
+        if reason is None:
+            cuda_ops = CudaOps(config, device)
+            return cuda_ops, f"CUDA kernels ({cuda_ops.description})"
+    if choice == "cuda":
+        raise DeviceError(f"kernels='cuda' cannot run here: {reason}")
+    return ReferenceOps(), f"reference ops (PyTorch), because {reason}"

@@ -1,0 +1,104 @@
+"""What each op means, in plain PyTorch: the CPU path, and the truth that the kernels are tested against.
+
+T tokens, hidden size H, Hq query and Hkv key/value heads of size D, feed-forward size F, vocabulary V.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from llama3.config import GATE_UP_GROUP
+from llama3.forward_batch import DecodeBatch, PrefillBatch
+from llama3.kv_cache import LayerCache
+from llama3.rope import RopeTable
+from llama3.sampling import SamplingTensors, sample_tokens
+
+
+class ReferenceOps:
+    """The seam's ops in PyTorch, on any device and in any floating dtype."""
+
+    name = "reference"
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """token_ids [T], table [V, H] -> [T, H]."""
+        return F.embedding(token_ids, table)
+
+    def norm_linear(
+        self, x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """RMSNorm, then a projection: x [T, H], weight [N, H] -> [T, N]."""
+        return F.linear(rms_norm(x, norm_weight, eps), weight)
+
+    def rope_append_attend(
+        self, qkv: torch.Tensor, rope: RopeTable, cache: LayerCache, batch: PrefillBatch | DecodeBatch
+    ) -> torch.Tensor:
+        """Rotate q and k, append k and v to the cache, attend causally: qkv [T, (Hq + 2 Hkv) D] -> [T, Hq D]."""
+        num_kv_heads, head_dim = cache.k.shape[1], cache.k.shape[3]
+        q, k, v = qkv.unflatten(-1, (-1, head_dim)).tensor_split((-2 * num_kv_heads, -num_kv_heads), dim=1)
+        # An idle row's position is -1: rotate it anywhere, its result is thrown away.
+        rotation = batch.positions.clamp(min=0).long()
+        q, k = rope.rotate(q, rotation), rope.rotate(k, rotation)
+        cache.write(batch.slots.long(), batch.positions.long(), k, v)
+        out = attend_prefill(q, k, v, cache, batch) if isinstance(batch, PrefillBatch) else attend(q, cache, batch)
+        return out.flatten(1)
+
+    def linear_add(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """x [T, N], weight [H, N], residual [T, H] -> residual + x weight^T, [T, H]."""
+        return residual + F.linear(x, weight)
+
+    def norm_swiglu(
+        self, x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """RMSNorm, gate and up projections, silu(gate) * up: x [T, H], gate_up [2 F, H] -> [T, F]."""
+        packed = F.linear(rms_norm(x, norm_weight, eps), gate_up).unflatten(-1, (-1, 2, GATE_UP_GROUP))
+        gate, up = packed.unbind(2)  # [T, F / 8, 8] each
+        return (F.silu(gate) * up).flatten(1)
+
+    def sample(self, logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor) -> torch.Tensor:
+        """logits [B, V], positions [B] of the tokens to be drawn -> token ids, int64 [B]."""
+        return sample_tokens(logits, params, positions)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """fp32 inside, cast back, then times the weight: the order of the Llama reference code. x [T, H]."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def attend_prefill(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, batch: PrefillBatch
+) -> torch.Tensor:
+    """Causal attention within each packed sequence, and over what its slot already held.
+
+    q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D].
+    """
+    outputs = []
+    runs = zip(
+        q.split(batch.seq_lens),
+        k.split(batch.seq_lens),
+        v.split(batch.seq_lens),
+        batch.seq_slots,
+        batch.past_lens,
+        strict=True,
+    )
+    for q_run, k_run, v_run, slot, past_len in runs:
+        heads_first = (q_run.transpose(0, 1)[None], k_run.transpose(0, 1)[None], v_run.transpose(0, 1)[None])
+        if past_len == 0:
+            out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+        else:
+            length = past_len + q_run.shape[0]
+            keys, values = cache.read(torch.tensor([slot], device=q.device), length)
+            query_positions = torch.arange(past_len, length, device=q.device)
+            mask = torch.arange(length, device=q.device)[None, :] <= query_positions[:, None]
+            out = F.scaled_dot_product_attention(heads_first[0], keys, values, attn_mask=mask, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def attend(q: torch.Tensor, cache: LayerCache, batch: DecodeBatch) -> torch.Tensor:
+    """One query a sequence over its slot, the token just appended included. q [B, Hq, D] -> [B, Hq, D]."""
+    keys, values = cache.read(batch.slots.long(), batch.max_context_len)
+    visible = torch.arange(batch.max_context_len, device=q.device)[None, :] <= batch.positions[:, None]
+    # What lies past the end was never written and may be NaN, which neither adding -inf nor multiplying by 0 removes.
+    keys, values = (torch.where(visible[:, None, :, None], cached, 0) for cached in (keys, values))
+    out = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=visible[:, None, None], enable_gqa=True)
+    return torch.where((batch.positions >= 0)[:, None, None], out[:, :, 0], 0)

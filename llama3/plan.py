@@ -1,0 +1,86 @@
+"""The memory plan: what a job takes, against what there is, before anything is allocated."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llama3.config import ModelConfig
+from llama3.errors import CapacityError
+from llama3.kv_cache import BLOCK_SIZE, KVCache
+
+GIB = 2**30
+# Left to the driver, the allocator's rounding and captured graphs.
+RESERVE_FRACTION = 0.04
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on `device`, memory cached by PyTorch included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def activation_bytes(config: ModelConfig, num_tokens: int, num_rows: int, dtype: torch.dtype) -> int:
+    """Peak bytes beside weights and cache of a prefill of `num_tokens` or a decode step of `num_rows`.
+
+    Per token: the residual stream and its normed copy, qkv and the rotated heads, gate-up and its product. Per row:
+    logits in the model's dtype, their fp32 copy, and three more of that size while sampling sorts them.
+    """
+    per_token = 3 * config.hidden_size + 3 * config.qkv_size + 4 * config.intermediate_size
+    return num_tokens * per_token * dtype.itemsize + num_rows * config.vocab_size * (dtype.itemsize + 4 * 4)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of each part, and what is free for them together. `weights` is 0 once they are loaded."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    free: int
+    weights: int
+    num_batched_tokens: int
+
+    @property
+    def usable(self) -> int:
+        return int(self.free * (1 - RESERVE_FRACTION)) - self.weights
+
+    def needed(self, num_rows: int, max_len: int) -> int:
+        """Bytes beside the weights for `num_rows` sequences of `max_len` tokens."""
+        cache = KVCache.num_bytes(self.config, num_rows, max_len, self.dtype)
+        return cache + activation_bytes(self.config, min(self.num_batched_tokens, num_rows * max_len), num_rows, self.dtype)
+
+    def largest_num_rows(self, max_len: int, limit: int) -> int:
+        """The most sequences of `max_len` tokens that fit, at most `limit`; 0 if not even one does."""
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.needed(middle, max_len) <= self.usable else (low, middle - 1)
+        return low
+
+    def largest_max_len(self, num_rows: int, limit: int) -> int:
+        """The longest context, a multiple of the block size and at most `limit`, for `num_rows` sequences."""
+        low, high = 0, limit // BLOCK_SIZE
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.needed(num_rows, middle * BLOCK_SIZE) <= self.usable else (low, middle - 1)
+        return low * BLOCK_SIZE
+
+    def check(self, num_rows: int, max_len: int) -> None:
+        """Raise CapacityError, with the budget and what would fit, if the job does not."""
+        if self.usable >= 0 and self.needed(num_rows, max_len) <= self.usable:
+            return
+        cache = KVCache.num_bytes(self.config, num_rows, max_len, self.dtype)
+        raise CapacityError(
+            f"not enough memory for {num_rows} sequences of {max_len} tokens: weights {self.weights / GIB:.2f} GiB, "
+            f"KV cache {cache / GIB:.2f} GiB, activations and logits "
+            f"{(self.needed(num_rows, max_len) - cache) / GIB:.2f} GiB, free {self.free / GIB:.2f} GiB; "
+            f"what fits: max_num_seqs={self.largest_num_rows(max_len, num_rows)} at this length, or "
+            f"max_model_len={self.largest_max_len(num_rows, max_len)} for this many"
+        )

@@ -1,0 +1,196 @@
+"""Launches forward passes and draws tokens; results come back as copies under way, so the host never waits here."""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+
+from llama3.decode_state import IDLE, DecodeState
+from llama3.forward_batch import DecodeBatch, PrefillBatch
+from llama3.kv_cache import KVCache
+from llama3.model import Transformer
+from llama3.sampling import SamplingTensors
+from llama3.sequence import Sequence, TokenLogprobs
+
+GRAPH_STEPS = 8
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What the host knows of the rows in a step; a captured graph belongs to one value of it.
+
+    num_logprobs: None, or how many of the likeliest tokens to report.
+    """
+
+    all_greedy: bool
+    any_filter: bool
+    any_min_tokens: bool
+    num_logprobs: int | None
+
+    @classmethod
+    def of(cls, sequences: Items[Sequence]) -> "StepOptions":
+        params = [s.params for s in sequences]
+        asked = [p.logprobs for p in params if p.logprobs is not None]
+        return cls(
+            all_greedy=all(p.temperature == 0 for p in params),
+            any_filter=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params),
+            any_min_tokens=any(p.min_tokens > 0 for p in params),
+            num_logprobs=max(asked, default=None),
+        )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Device results of one step: token_ids [B], and if asked for log-probabilities [B], ranks [B], top-k [B, k]."""
+
+    token_ids: torch.Tensor
+    logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
+
+
+class PendingTokens:
+    """Tokens on their way to the host: num_steps draws for each of some sequences."""
+
+    def __init__(self, sequences: Items[Sequence], columns: Items[int], token_ids: torch.Tensor, draw: Draw | None):
+        """token_ids [num_steps, B]; `columns` says which column belongs to which sequence."""
+        self.sequences, self.columns = list(sequences), list(columns)
+        self._tensors = [_copy_to_host(token_ids)]
+        if draw is not None and draw.logprobs is not None:
+            self._tensors += [_copy_to_host(t) for t in draw.logprobs]
+        self._copied = torch.cuda.Event() if token_ids.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def wait(self) -> list[tuple[Sequence, list[int], list[TokenLogprobs]]]:
+        """Block until the copy is done: each sequence's tokens in order, with log-probabilities where asked for."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        steps: list[list[int]] = self._tensors[0].tolist()
+        results = []
+        for sequence, column in zip(self.sequences, self.columns, strict=True):
+            tokens = [step[column] for step in steps]
+            results.append((sequence, tokens, self._logprobs(sequence, column)))
+        return results
+
+    def _logprobs(self, sequence: Sequence, column: int) -> list[TokenLogprobs]:
+        if sequence.params.logprobs is None:
+            return []
+        logprob, rank, top, top_ids = (t[column] for t in self._tensors[1:])
+        k = sequence.params.logprobs
+        pairs = dict(zip(top_ids[:k].tolist(), top[:k].tolist(), strict=True))
+        return [TokenLogprobs(float(logprob), int(rank), pairs)]
+
+
+class Runner:
+    """Runs a model over one cache and one decode state."""
+
+    def __init__(self, model: Transformer, cache: KVCache, state: DecodeState) -> None:
+        self.model, self.cache, self.state = model, cache, state
+        self._graphs: dict[tuple[int, int, StepOptions], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graph_pool = torch.cuda.graph_pool_handle() if state.device.type == "cuda" else None
+
+    def prefill(self, token_ids: Items[int], batch: PrefillBatch) -> torch.Tensor:
+        """Logits [B, V] of each sequence's last token."""
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self.state.device)
+        return self.model.prefill(ids, batch, self.cache)
+
+    def draw_first(self, logits: torch.Tensor, rows: Items[int], sequences: Items[Sequence]) -> PendingTokens:
+        """Draw the first token of sequences whose prompts are complete; logits [B, V], one row each."""
+        device = self.state.device
+        index = torch.tensor(rows, dtype=torch.int64, device=device)
+        positions = torch.tensor([len(s.prompt_ids) for s in sequences], dtype=torch.int32, device=device)
+        options = StepOptions.of(sequences)
+        sampling = self.state.with_flags(options.all_greedy, options.any_filter).rows(index)
+        draw = self._draw(logits, index, sampling, positions, options)
+        self.state.place(index, draw.token_ids, positions)
+        return PendingTokens(sequences, range(len(sequences)), draw.token_ids[None], draw)
+
+    def decode(self, running: dict[int, Sequence], num_rows: int, num_steps: int) -> PendingTokens:
+        """Launch `num_steps` decode steps over rows 0 .. num_rows - 1, of which `running` are in use."""
+        options = StepOptions.of(list(running.values()))
+        draw = None
+        if options.num_logprobs is not None or self.state.device.type != "cuda":
+            assert num_steps == 1, "log-probabilities come back one step at a time"
+            draw = self._step(num_rows, options)
+            tokens = draw.token_ids[None]
+        else:
+            tokens = self._replay(num_rows, num_steps, options)
+        return PendingTokens(list(running.values()), list(running), tokens, draw)
+
+    def _step(self, num_rows: int, options: StepOptions) -> Draw:
+        state, rows = self.state, slice(0, num_rows)
+        captured = state.device.type == "cuda"
+        # A captured step must hold for every length to come.
+        bound = self.cache.max_len if captured else int(state.positions[rows].max()) + 1
+        batch = DecodeBatch(state.slots[rows], state.positions[rows], max(bound, 1))
+        logits = self.model.decode_step(state.token_ids[rows], batch, self.cache)
+        idle = state.positions[rows] < 0
+        positions = state.positions[rows] + 1
+        sampling = state.with_flags(options.all_greedy, options.any_filter).rows(rows)
+        draw = self._draw(logits, rows, sampling, positions, options)
+        state.place(rows, draw.token_ids, torch.where(idle, IDLE, positions))
+        return draw
+
+    def _draw(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor | slice,
+        sampling: SamplingTensors,
+        positions: torch.Tensor,
+        options: StepOptions,
+    ) -> Draw:
+        raw = logits.float() if options.num_logprobs is not None else None
+        if options.any_min_tokens:
+            logits = logits.clone()
+            self.state.forbid_early_stops(logits, rows, positions)
+        token_ids = self.model.ops.sample(logits, sampling, positions)
+        return Draw(token_ids, None if raw is None else log_probabilities(raw, token_ids, options.num_logprobs or 0))
+
+    def _replay(self, num_rows: int, num_steps: int, options: StepOptions) -> torch.Tensor:
+        """Token ids [num_steps, num_rows] from captured graphs of GRAPH_STEPS steps and of one."""
+        tokens = torch.empty(num_steps, num_rows, dtype=torch.int64, device=self.state.device)
+        done = 0
+        while done < num_steps:
+            steps = GRAPH_STEPS if num_steps - done >= GRAPH_STEPS else 1
+            graph, drawn = self._graph(num_rows, steps, options)
+            graph.replay()
+            tokens[done : done + steps] = drawn
+            done += steps
+        return tokens
+
+    def _graph(
+        self, num_rows: int, num_steps: int, options: StepOptions
+    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        key = (num_rows, num_steps, options)
+        if key not in self._graphs:
+            state = self.state
+            kept = state.token_ids.clone(), state.positions.clone()
+            state.positions.fill_(IDLE)  # the warm-up steps must leave no trace in the cache
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._step(num_rows, options)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._graph_pool):
+                drawn = torch.stack([self._step(num_rows, options).token_ids for _ in range(num_steps)])
+            state.token_ids.copy_(kept[0])
+            state.positions.copy_(kept[1])
+            self._graphs[key] = graph, drawn
+        return self._graphs[key]
+
+
+def log_probabilities(
+    logits: torch.Tensor, token_ids: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-softmax of fp32 logits [B, V]: of token_ids [B], their ranks [B] from 1, the top k's [B, k] and ids [B, k]."""
+    logprobs = logits.log_softmax(-1)
+    drawn = logprobs.gather(1, token_ids[:, None])
+    top = logprobs.topk(k, dim=-1)
+    return drawn[:, 0], (logprobs > drawn).sum(-1) + 1, top.values, top.indices
+
+
+def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
