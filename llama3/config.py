@@ -215,21 +215,21 @@ def _read_eos(keys: JsonObject) -> frozenset[int]:
 
 
 def _read_rope(keys: JsonObject) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (transformers 4)."""
-    if not keys.has("rope_parameters"):
-        theta = keys.positive("rope_theta")
-        return theta, _read_rope_scaling(keys.object("rope_scaling")) if keys.has("rope_scaling") else None
-    rope = keys.object("rope_parameters")
-    theta, scaling = rope.positive("rope_theta"), _read_rope_scaling(rope)
-    # A folder written for both versions holds both schemas; two that differ would make two different models.
-    if keys.has("rope_theta") and keys.positive("rope_theta") != theta:
-        keys.fail(
-            "rope_theta",
-            f"is {keys.values['rope_theta']} but rope_parameters.rope_theta is {theta}; they must be equal",
-        )
-    if keys.has("rope_scaling") and _read_rope_scaling(keys.object("rope_scaling")) != scaling:
+    """Base and scaling from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (transformers 4).
+
+    A folder may hold both schemas; where they differ it would be two different models.
+    """
+    sections = [keys.object(key) for key in ("rope_parameters", "rope_scaling") if keys.has(key)]
+    places = [place for place in (keys, *sections) if place.has("rope_theta")]
+    bases = {f"{place.prefix}rope_theta": place.positive("rope_theta") for place in places}
+    if not bases:
+        keys.fail("rope_theta", "is missing, also from rope_parameters; it has no default")
+    if len(set(bases.values())) > 1:
+        keys.fail("rope_theta", f"is given twice and differs: {', '.join(f'{key} {bases[key]}' for key in bases)}")
+    scalings = [_read_rope_scaling(section) for section in sections] or [None]
+    if scalings[0] != scalings[-1]:
         keys.fail("rope_scaling", "and rope_parameters describe different scalings; they must be equal")
-    return theta, scaling
+    return next(iter(bases.values())), scalings[0]
 
 
 def _read_rope_scaling(rope: JsonObject) -> RopeScaling | None:

@@ -1,7 +1,7 @@
 """The parameters of the model: plain dataclasses of tensors, packed the way the kernels read them.
 
-H hidden size, F intermediate size, Hq and Hkv query and kv heads, D head size, V vocabulary. All tensors are contiguous,
-on one device and of one dtype.
+H hidden size, F intermediate size, Hq and Hkv query and kv heads, D head size, V vocabulary. All tensors are
+contiguous, on one device and of one dtype.
 """
 
 from collections.abc import Iterator
@@ -77,7 +77,7 @@ def empty_weights(config: ModelConfig, device: torch.device | str, dtype: torch.
 def random_weights(
     config: ModelConfig, device: torch.device | str, dtype: torch.dtype | None = None, seed: int = 0
 ) -> ModelWeights:
-    """Random parameters drawn on `device`, for benchmarks and tests; equal for equal (config, device type, dtype, seed).
+    """Random parameters drawn on `device`; the same for the same config, kind of device, dtype and seed.
 
     Matrices are normal with the variance that keeps activations of order one at any width, norms are ones.
     """
