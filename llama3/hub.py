@@ -1,6 +1,7 @@
 """From --model_name to a folder: a local one as it is, without touching the network, or one fetched from the hub."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,11 +26,11 @@ def resolve_folder(name: str | Path) -> Path:
     such folder or model, if it cannot be fetched, or if files are missing that no model can do without.
     """
     name = str(name)
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
-        check_folder(folder, str(folder))
-        return folder
-    if name and folder.exists():
+    path = os.path.expanduser(name)  # unlike Path's, these calls take any string without raising
+    if os.path.isdir(path):
+        check_folder(Path(path), path)
+        return Path(path)
+    if os.path.exists(path):
         raise HubError(f"{name}: a file; give the folder that holds config.json")
     if not name or looks_like_path(name):
         raise HubError(f'"{name}": no such folder; give a folder, or a hub name such as meta-llama/Llama-3.2-1B')

@@ -74,4 +74,6 @@ def shape_config(name: str, num_layers: int | None = None) -> ModelConfig:
     """The config of the shape `name`, with another depth if asked. Raises ConfigError for a name not in SHAPES."""
     if name not in SHAPES:
         raise ConfigError(f'no shape is called "{name}"; there are {", ".join(sorted(SHAPES))}')
+    if num_layers is not None and num_layers < 1:
+        raise ConfigError(f"a model of {num_layers} layers is not possible")
     return SHAPES[name] if num_layers is None else replace(SHAPES[name], num_layers=num_layers)
