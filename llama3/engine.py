@@ -13,6 +13,7 @@ from llama3.decode_state import DecodeState
 from llama3.forward_batch import PrefillBatch
 from llama3.kv_cache import BLOCK_SIZE, KVCache
 from llama3.model import Transformer
+from llama3.plan import free_memory
 from llama3.runner import GRAPH_STEPS, PendingTokens, Runner, StepOptions
 from llama3.scheduler import PrefillWork, Scheduler
 from llama3.sequence import Sequence
@@ -41,6 +42,10 @@ class Engine:
         self.model, self.device, self.dtype = model, device, dtype
         self.max_num_batched_tokens = max_num_batched_tokens
         self.cache: KVCache | None = None
+        self.state: DecodeState
+        self.runner: Runner
+        self.scheduler = Scheduler(0, max_num_batched_tokens)
+        self._pending: deque[PendingTokens] = deque()
 
     def prepare(self, num_rows: int, max_len: int, max_stop_ids: int) -> None:
         """Make sure of a cache of `num_rows` sequences of `max_len` tokens. No sequence may be running."""
@@ -57,13 +62,18 @@ class Engine:
             self.state = DecodeState(num_rows, max_stop_ids, self.device)
             self.runner = Runner(self.model, self.cache, self.state)
         self.scheduler = Scheduler(num_rows, self.max_num_batched_tokens)
-        self._pending: deque[PendingTokens] = deque()
+        self._pending.clear()
+
+    def reclaimable_memory(self) -> int:
+        """Bytes free for a cache and the work beside it, the present cache's own included."""
+        held = 0 if self.cache is None else self.cache.k.nbytes + self.cache.v.nbytes
+        return free_memory(self.device) + held
 
     def release(self) -> None:
         """Give the cache's memory back, and the captured graphs with it."""
         self.cache = None
         if hasattr(self, "runner"):
-            del self.runner, self.state, self.scheduler
+            del self.runner, self.state
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:

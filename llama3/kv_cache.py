@@ -18,7 +18,7 @@ BLOCK_SIZE = 64
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's k and v: [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]; slots are runs of blocks_per_slot blocks."""
+    """One layer's k and v, [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]; a slot is blocks_per_slot blocks."""
 
     k: torch.Tensor
     v: torch.Tensor

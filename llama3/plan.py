@@ -54,7 +54,9 @@ class MemoryPlan:
     def needed(self, num_rows: int, max_len: int) -> int:
         """Bytes beside the weights for `num_rows` sequences of `max_len` tokens."""
         cache = KVCache.num_bytes(self.config, num_rows, max_len, self.dtype)
-        return cache + activation_bytes(self.config, min(self.num_batched_tokens, num_rows * max_len), num_rows, self.dtype)
+        return cache + activation_bytes(
+            self.config, min(self.num_batched_tokens, num_rows * max_len), num_rows, self.dtype
+        )
 
     def largest_num_rows(self, max_len: int, limit: int) -> int:
         """The most sequences of `max_len` tokens that fit, at most `limit`; 0 if not even one does."""
@@ -69,7 +71,9 @@ class MemoryPlan:
         low, high = 0, limit // BLOCK_SIZE
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.needed(num_rows, middle * BLOCK_SIZE) <= self.usable else (low, middle - 1)
+            low, high = (
+                (middle, high) if self.needed(num_rows, middle * BLOCK_SIZE) <= self.usable else (low, middle - 1)
+            )
         return low * BLOCK_SIZE
 
     def check(self, num_rows: int, max_len: int) -> None:

@@ -157,9 +157,7 @@ class Runner:
             done += steps
         return tokens
 
-    def _graph(
-        self, num_rows: int, num_steps: int, options: StepOptions
-    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _graph(self, num_rows: int, num_steps: int, options: StepOptions) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         key = (num_rows, num_steps, options)
         if key not in self._graphs:
             state = self.state
@@ -182,7 +180,7 @@ class Runner:
 def log_probabilities(
     logits: torch.Tensor, token_ids: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-softmax of fp32 logits [B, V]: of token_ids [B], their ranks [B] from 1, the top k's [B, k] and ids [B, k]."""
+    """Log-softmax of fp32 logits [B, V]: of token_ids [B], their ranks [B] from 1, the top k's and ids [B, k]."""
     logprobs = logits.log_softmax(-1)
     drawn = logprobs.gather(1, token_ids[:, None])
     top = logprobs.topk(k, dim=-1)

@@ -4,7 +4,8 @@ The noise is a counter-based generator's, keyed by (seed, request, sample, posit
 neither on the request's neighbours nor on its place in the batch, and no generator state has to be kept.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -13,6 +14,9 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 10
 MASK_32 = 0xFFFFFFFF
+
+INTEGER_FIELDS = ("top_k", "seed", "request", "sample")
+FLOAT_FIELDS = ("temperature", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,13 @@ class SamplingTensors:
     @classmethod
     def allocate(cls, num_rows: int, device: torch.device | str) -> "SamplingTensors":
         """Rows that sample greedily until they are assigned something else."""
-        integers = {name: torch.zeros(num_rows, dtype=torch.int64, device=device) for name in INTEGER_FIELDS}
-        floats = {name: torch.zeros(num_rows, device=device) for name in FLOAT_FIELDS}
-        return cls(**integers, **floats)
+        arrays: dict[str, Any] = {n: torch.zeros(num_rows, dtype=torch.int64, device=device) for n in INTEGER_FIELDS}
+        arrays |= {name: torch.zeros(num_rows, device=device) for name in FLOAT_FIELDS}
+        return cls(**arrays)
 
     def rows(self, index: slice | torch.Tensor) -> "SamplingTensors":
         """The same rules for some of the rows; a slice gives views of the same memory."""
         return replace(self, **{name: getattr(self, name)[index] for name in INTEGER_FIELDS + FLOAT_FIELDS})
-
-
-INTEGER_FIELDS = tuple(f.name for f in fields(SamplingTensors) if f.name in ("top_k", "seed", "request", "sample"))
-FLOAT_FIELDS = tuple(f.name for f in fields(SamplingTensors) if f.name in ("temperature", "top_p", "min_p"))
 
 
 def sample_tokens(logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor) -> torch.Tensor:
@@ -95,7 +95,7 @@ def gumbel_noise(params: SamplingTensors, positions: torch.Tensor, vocab_size: i
 
 
 def philox(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words: counter of four, key of two -> four, broadcast together."""
+    """Philox4x32-10 on int64 tensors of 32-bit words: a counter of four and a key of two -> four, broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(PHILOX_ROUNDS):

@@ -42,26 +42,26 @@ class SamplingParams:
         for name, ok, allowed in (
             ("temperature", is_number(self.temperature) and 0 <= self.temperature < float("inf"), "a number >= 0"),
             ("top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", is_int(self.top_k) and self.top_k >= -1, "an integer >= 1, or 0 or -1 for no limit"),
+            ("top_k", is_at_least(self.top_k, -1), "an integer >= 1, or 0 or -1 for no limit"),
             ("min_p", is_number(self.min_p) and 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("max_tokens", self.max_tokens is None or is_int(self.max_tokens) and self.max_tokens >= 1, ">= 1 or None"),
+            ("max_tokens", self.max_tokens is None or is_at_least(self.max_tokens, 1), "an integer >= 1, or None"),
             (
                 "min_tokens",
-                is_int(self.min_tokens) and 0 <= self.min_tokens <= (self.max_tokens or self.min_tokens),
+                is_at_least(self.min_tokens, 0) and self.min_tokens <= (self.max_tokens or self.min_tokens),
                 "between 0 and max_tokens",
             ),
             ("stop", all(isinstance(s, str) and s for s in stop_strings), "a non-empty string or a list of them"),
-            ("stop_token_ids", all(is_int(t) and t >= 0 for t in self.stop_token_ids), "a list of token ids"),
-            ("seed", self.seed is None or is_int(self.seed) and 0 <= self.seed < 2**63, "None or in [0, 2^63)"),
-            ("logprobs", self.logprobs is None or is_int(self.logprobs) and self.logprobs >= 0, "None or >= 0"),
-            ("n", is_int(self.n) and self.n >= 1, "an integer >= 1"),
+            ("stop_token_ids", all(is_at_least(t, 0) for t in self.stop_token_ids), "a list of token ids"),
+            ("seed", self.seed is None or (is_at_least(self.seed, 0) and self.seed < 2**63), "None or in [0, 2^63)"),
+            ("logprobs", self.logprobs is None or is_at_least(self.logprobs, 0), "None or >= 0"),
+            ("n", is_at_least(self.n, 1), "an integer >= 1"),
         ):
             if not ok:
                 raise RequestError(f"SamplingParams: {name} is {getattr(self, name)!r}; it must be {allowed}")
 
 
-def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_at_least(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: object) -> bool:

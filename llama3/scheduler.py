@@ -27,6 +27,7 @@ class PrefillWork:
         """Every sequence in this call with its row, followers included."""
         return list(zip(self.sequences, self.rows, strict=True)) + [pair for group in self.followers for pair in group]
 
+
 class Scheduler:
     """Rows and the queue for them. `token_budget` bounds the prompt tokens of one prefill call."""
 

@@ -22,9 +22,7 @@ class ReferenceOps:
         """token_ids [T], table [V, H] -> [T, H]."""
         return F.embedding(token_ids, table)
 
-    def norm_linear(
-        self, x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
+    def norm_linear(self, x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """RMSNorm, then a projection: x [T, H], weight [N, H] -> [T, N]."""
         return F.linear(rms_norm(x, norm_weight, eps), weight)
 

@@ -1,0 +1,69 @@
+"""Prompts as callers give them, turned into token ids or into an error that says what is wrong."""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from numbers import Integral
+from typing import Any
+
+from llama3.errors import RequestError, TokenizerError
+from llama3.sampling_params import SamplingParams
+from llama3.tokenizer import Tokenizer
+
+Prompt = str | Items[int]
+
+
+def as_prompt_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
+    """One prompt or many as a list: a string is one, and so is a flat list of integers."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise RequestError(f"prompts must be strings or lists of token ids, not {type(prompts).__name__}")
+    items: list[Any] = list(prompts)
+    if items and all(is_token_id(item) for item in items):
+        return [items]
+    for index, item in enumerate(items):
+        if not isinstance(item, str) and not isinstance(item, Iterable):
+            raise RequestError(f"prompt {index} must be a string or a list of token ids, not {type(item).__name__}")
+    return items
+
+
+def is_token_id(value: object) -> bool:
+    """Integers of any library, but not booleans."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, max_model_len: int) -> list[int]:
+    """Token ids of a prompt that can be served, or RequestError."""
+    if isinstance(prompt, str):
+        if not prompt:
+            raise RequestError("the prompt is an empty string: give at least one character")
+        if tokenizer is None:
+            raise TokenizerError("the model has no tokenizer.json: give prompts as token ids")
+        ids = tokenizer.encode(prompt)
+    else:
+        for token in prompt:
+            if not is_token_id(token):
+                raise RequestError(f"the prompt must be a string or token ids, but it holds {token!r}")
+        ids = [int(token) for token in prompt]
+    if not ids:
+        raise RequestError("the prompt has no token ids: give at least one")
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise RequestError(f"token id {token} is outside the vocabulary of {vocab_size}")
+    if len(ids) >= max_model_len:
+        raise RequestError(
+            f"the prompt has {len(ids)} tokens and leaves no room to generate: the limit for prompt and answer "
+            f"together is {max_model_len} (max_model_len)"
+        )
+    return ids
+
+
+def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    """RequestError for sampling parameters that this model cannot serve."""
+    for token in params.stop_token_ids:
+        if token >= vocab_size:
+            raise RequestError(f"stop token id {token} is outside the vocabulary of {vocab_size}")
+    if params.logprobs is not None and params.logprobs > vocab_size:
+        raise RequestError(f"logprobs is {params.logprobs}, more than the vocabulary of {vocab_size}")
+    if params.stop_strings and tokenizer is None:
+        raise RequestError("stop strings need a tokenizer, and the model has none: use stop_token_ids")
