@@ -13,7 +13,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__", "__phello__"}
+SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__phello__"}
 MAX_FILE_BYTES = 400_000
 HELD_OUT_PERCENT = 4  # reported once, at the end
 VALIDATION_PERCENT = 3  # picks the checkpoint
@@ -65,7 +65,7 @@ def read_library(folder: Path) -> list[SourceFile]:
 def corpus_sha256(files: list[SourceFile]) -> str:
     """One hash over names and texts: two runs with the same hash read the same library."""
     total = hashlib.sha256()
-    for file in files:
+    for file in sorted(files, key=lambda file: Path(file.name)):
         total.update(f"{file.name}\0{file.text}\0".encode())
     return total.hexdigest()
 

@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: byte-level BPE in Llama-3's form, small, with Llama-3's special tokens and chat template."""
+"""The demo model's tokenizer: Llama 3's byte-level BPE with a small vocabulary, its special tokens and chat format."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(f"the texts gave {tokenizer.get_vocab_size()} tokens, not {vocab_size}: too little to learn from")
+        raise ValueError(
+            f"the texts gave {tokenizer.get_vocab_size()} tokens, not {vocab_size}: too little to learn from"
+        )
     begin = SPECIAL_TOKENS[0]
     tokenizer.post_processor = processors.Sequence(
         [

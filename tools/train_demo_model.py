@@ -23,7 +23,6 @@ from typing import Any
 import demo_corpus
 import demo_tokenizer
 import jinja2
-import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -89,7 +88,7 @@ def generation_config(config: dict[str, Any]) -> dict[str, Any]:
 def encode_all(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> torch.Tensor:
     """Texts, each between begin and end of text, as one run of ids: ``[tokens]`` int64."""
     begin, end = tokenizer.token_to_id("<|begin_of_text|>"), tokenizer.token_to_id("<|end_of_text|>")
-    ids: list[int] = []
+    ids: list[int | None] = []
     for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
         ids += [begin, *encoding.ids, end]
     return torch.tensor(ids)
@@ -115,7 +114,7 @@ def render_chat(messages: list[dict[str, str]], add_generation_prompt: bool = Fa
 
 
 @torch.no_grad()
-def mean_loss(model: LlamaForCausalLM, ids: torch.Tensor, sequence_length: int) -> float:
+def mean_loss(model: Any, ids: torch.Tensor, sequence_length: int) -> float:
     """Mean nats a predicted token, over non-overlapping windows of ``ids [tokens]``."""
     model.eval()
     total, count = 0.0, 0
@@ -136,7 +135,7 @@ def windows(ids: torch.Tensor, sequence_length: int) -> Iterator[torch.Tensor]:
         yield ids[full:].unsqueeze(0)
 
 
-def add_dropout(model: LlamaForCausalLM, probability: float) -> None:
+def add_dropout(model: Any, probability: float) -> None:
     """Dropout on the embeddings and on both branches of every layer; LlamaForCausalLM has it on attention only."""
 
     def drop(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
@@ -155,7 +154,7 @@ def learning_rate(progress: float, step: int, args: argparse.Namespace) -> float
 
 
 def train(
-    model: LlamaForCausalLM, train_ids: torch.Tensor, validation_ids: torch.Tensor, args: argparse.Namespace
+    model: Any, train_ids: torch.Tensor, validation_ids: torch.Tensor, args: argparse.Namespace
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """The evaluations made on the way, and the weights (fp32) of the best one on the validation files.
 
@@ -210,7 +209,7 @@ def train(
         step += 1
 
 
-def show_samples(model: LlamaForCausalLM, tokenizer: tokenizers.Tokenizer, max_new_tokens: int) -> None:
+def show_samples(model: Any, tokenizer: tokenizers.Tokenizer, max_new_tokens: int) -> None:
     """Print one greedy and one sampled continuation of each sample prompt, and the answer to a question."""
     prompts = ["<|begin_of_text|>" + prompt for prompt in SAMPLE_PROMPTS]
     chat = [{"role": "user", "content": SAMPLE_QUESTION}]
@@ -249,12 +248,55 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def save_folder(model: Any, config: dict[str, Any], tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
+    """Write a Hugging Face folder: weights in bf16, configs, tokenizer. ``model`` is bf16 afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    # transformers 5 writes its own schema; Llama 3.2 is published in this one, and every version reads it.
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(generation_config(config), indent=2) + "\n")
+    demo_tokenizer.save_tokenizer(tokenizer, folder, config["max_position_embeddings"])
+
+
+def describe_corpus(split: dict[str, list[demo_corpus.SourceFile]]) -> dict[str, Any]:
+    """Counts of files and bytes by split, and the hash of everything that was read."""
+    return {
+        "files": {name: len(group) for name, group in split.items()},
+        "bytes": {name: sum(len(file.text.encode()) for file in group) for name, group in split.items()},
+        "sha256": demo_corpus.corpus_sha256([file for group in split.values() for file in group]),
+    }
+
+
+def describe_run(args: argparse.Namespace, evaluations: list[dict[str, float]], device: torch.device) -> dict[str, Any]:
+    """Settings, versions, and every evaluation made."""
+    return {
+        "settings": {name: getattr(args, name) for name in vars(args) if name not in ("out", "source", "source_name")},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "evaluations": evaluations,
+        "steps": int(evaluations[-1]["step"]),
+        "seconds": evaluations[-1]["seconds"],
+        "validation_loss": min(point["validation_loss"] for point in evaluations),
+    }
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file but the record, which holds them."""
+    paths = [path for path in sorted(folder.iterdir()) if path.name != "training.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(args.seed)
     files = demo_corpus.read_library(args.source)
     if args.quick:
-        files = [file for file in files if file.name.startswith(("json/", "html/", "a", "b", "c"))][:60]
+        files = [file for file in files if file.name.startswith(("json/", "html/", "importlib/metadata/"))]
     split = {name: [f for f in files if f.split == name] for name in ("train", "validation", "held_out")}
     tokenizer = demo_tokenizer.train_tokenizer((file.text for file in split["train"]), args.vocab_size)
     device = torch.device(args.device)
@@ -263,56 +305,36 @@ def main() -> None:
     held_out_ids = encode_all(tokenizer, [file.text for file in split["held_out"]]).to(device)
 
     config = llama_config(tokenizer, args.num_layers)
-    model = LlamaForCausalLM(LlamaConfig(**config)).to(device=device, dtype=torch.float32)
+    model: Any = LlamaForCausalLM(LlamaConfig(**config))
+    model.to(device=device, dtype=torch.float32)
     print(f"{len(files)} files, {len(train_ids)} training tokens, {model.num_parameters()} parameters", flush=True)
     evaluations, weights = train(model, train_ids, validation_ids, args)
     model.load_state_dict(weights)
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(args.out)
-    # transformers 5 writes its own schema; Llama 3.2 is published in this one, and every version reads it.
-    (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (args.out / "generation_config.json").write_text(json.dumps(generation_config(config), indent=2) + "\n")
-    demo_tokenizer.save_tokenizer(tokenizer, args.out, config["max_position_embeddings"])
+    save_folder(model, config, tokenizer, args.out)
 
     # The figures are those of the saved bytes, read back, not of the weights in training.
-    saved = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(device)
+    saved: Any = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+    saved.to(device)
     held_out_loss = mean_loss(saved, held_out_ids, args.sequence_length)
-    held_out_bytes = sum(len(file.text.encode()) for file in split["held_out"])
-    record = {
-        "source": args.source_name,
-        "corpus": {
-            "files": {name: len(group) for name, group in split.items()},
-            "bytes": {name: sum(len(f.text.encode()) for f in group) for name, group in split.items()},
-            "sha256": demo_corpus.corpus_sha256(files),
-            "training_tokens": len(train_ids),
-            "held_out_tokens": len(held_out_ids),
-        },
-        "parameters": model.num_parameters(),
-        "settings": {name: getattr(args, name) for name in vars(args) if name not in ("out", "source", "source_name")},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-            "numpy": np.__version__,
-        },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "evaluations": evaluations,
-        "steps": int(evaluations[-1]["step"]),
-        "seconds": evaluations[-1]["seconds"],
-        "validation_loss": min(point["validation_loss"] for point in evaluations),
+    corpus = describe_corpus(split)
+    corpus |= {"training_tokens": len(train_ids), "held_out_tokens": len(held_out_ids)}
+    figures = {
         "held_out_loss": round(held_out_loss, 4),
         "held_out_perplexity": round(math.exp(held_out_loss), 3),
-        "held_out_bits_per_byte": round(held_out_loss * len(held_out_ids) / math.log(2) / held_out_bytes, 4),
-        "sha256": {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(args.out.iterdir())
-            if path.name != "training.json"
-        },
+        "held_out_bits_per_byte": round(
+            held_out_loss * len(held_out_ids) / math.log(2) / corpus["bytes"]["held_out"], 4
+        ),
+    }
+    record = {
+        "source": args.source_name,
+        "corpus": corpus,
+        "parameters": model.num_parameters(),
+        **describe_run(args, evaluations, device),
+        **figures,
+        "sha256": file_hashes(args.out),
     }
     (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    print({name: value for name, value in record.items() if name.startswith("held_out")}, flush=True)
+    print(figures, flush=True)
     show_samples(saved, tokenizer, 8 if args.quick else 120)
 
 
