@@ -1,0 +1,6 @@
+// The kernel for bf16, head_dim 64. One file an instance: they compile in parallel.
+#include "decode_attn/instances.cuh"
+
+namespace decode_attn {
+template const void* kernel_for<__nv_bfloat16, 64>(Loader, bool);
+}

@@ -1,0 +1,27 @@
+// The host side: checks, shared-memory plan, tensor maps, launch. No torch, no allocation, no synchronisation.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "decode_attn/params.h"
+
+namespace decode_attn {
+
+// Which kernel runs: the steps of the ladder, slowest first. kTma needs compute capability 9.0.
+enum class Version : int { kNaive = 0, kSplit = 1, kTensorCore = 2, kRing = 3, kTma = 4 };
+
+struct Launch {
+    common::Dtype dtype;
+    int head_dim;
+    int num_blocks;  // of the caches
+    bool fused;
+    bool pdl;        // programmatic dependent launch
+    int grid;        // thread blocks; `partials` has room for as many
+    Version version;
+    cudaStream_t stream;
+};
+
+// Throws std::invalid_argument for what the kernels do not support (before any CUDA call), std::runtime_error if CUDA fails.
+// `params.stages` is chosen here.
+void launch(Params params, const Launch& how);
+
+}  // namespace decode_attn

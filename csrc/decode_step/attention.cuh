@@ -1,0 +1,294 @@
+// The math warps' part of rope, append and attention over the cached context, one kv head and its query heads a block.
+//
+// Each warp takes 8 tokens of every 64-token tile. A token's row lies in D / 8 lanes (16 bytes each), so one load
+// covers 4 tokens (D 64) or 2 (D 128). Scores of 8 tokens x GP heads are summed by halves until each lane holds those of
+// one token: bits 2-4 of the lane say which token, bits 0-1 which head.
+#pragma once
+#include "decode_step/gemv.cuh"
+
+namespace decode_step {
+
+template <int D, int GP>
+struct Attention {
+    static constexpr int kLanes = D / 8;           // lanes a token
+    static constexpr int kPerLoad = 32 / kLanes;   // tokens a load
+    static constexpr int kLoads = 8 / kPerLoad;    // loads for the warp's 8 tokens
+    static constexpr int kScores = GP > 4 ? GP / 4 : 1;  // scores a lane holds after summing
+    static constexpr float kNoScore = -1e30f;      // the maximum of nothing, finite so that differences are
+
+    float q[GP * 8], out[GP * 8] = {};  // [head][element of this lane's column]
+    float maximum[kScores], sum[kScores];
+    int lane, column, member;  // this lane's 16-byte column of a row, and its token among those of one load
+
+    __device__ explicit Attention(int lane) : lane(lane), column(lane % kLanes), member(lane / kLanes) {
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) maximum[i] = kNoScore, sum[i] = 0.f;
+    }
+
+    __device__ static int head_lane(int g) { return g * 4 / GP; }  // bits 0-1 of the lanes that hold head g
+
+    // Eight tokens, of which the first `count` in the order (load, member) exist: token = load * kPerLoad + member.
+    __device__ __forceinline__ void update(const uint4 (&k)[kLoads], uint4 (&v)[kLoads], int count) {
+        float scores[kLoads * GP];
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            float f[8];
+            unpack(k[i], f);
+#pragma unroll
+            for (int g = 0; g < GP; ++g) {
+                float dot = 0.f;
+#pragma unroll
+                for (int e = 0; e < 8; ++e) dot = fmaf(q[g * 8 + e], f[e], dot);
+                scores[i * GP + g] = dot;
+            }
+        }
+        transposed_sum<kLanes / 2, 1, kLoads * GP>(scores, lane);
+
+        const bool exists = (column >> 2) * kPerLoad + member < count;
+        float largest[kScores];
+        bool grows = false;
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) {
+            if (!exists) scores[i] = -INFINITY;
+            largest[i] = fmaxf(maximum[i], scores[i]);
+#pragma unroll
+            for (int mask = 4; mask < 32; mask *= 2)
+                largest[i] = fmaxf(largest[i], __shfl_xor_sync(0xffffffffu, largest[i], mask));
+            grows |= largest[i] > maximum[i];
+        }
+        if (__any_sync(0xffffffffu, grows)) rescale(largest);
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) {
+            scores[i] = exp2f(scores[i] - maximum[i]);
+            sum[i] += scores[i];
+        }
+        // Past the context's end the ring holds whatever was there, NaN perhaps, which a weight of 0 does not remove.
+        if (count < 8) {
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i)
+                if (i * kPerLoad + member >= count) v[i] = make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            float f[8];
+            unpack(v[i], f);
+#pragma unroll
+            for (int g = 0; g < GP; ++g) {
+                const int source = member * kLanes + i * 4 + head_lane(g);
+                const float weight = __shfl_sync(0xffffffffu, scores[g % kScores], source);
+#pragma unroll
+                for (int e = 0; e < 8; ++e) out[g * 8 + e] = fmaf(weight, f[e], out[g * 8 + e]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void rescale(const float (&largest)[kScores]) {
+        float factor[kScores];
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) {
+            factor[i] = exp2f(maximum[i] - largest[i]);
+            sum[i] *= factor[i];
+            maximum[i] = largest[i];
+        }
+#pragma unroll
+        for (int g = 0; g < GP; ++g) {
+            const float f = __shfl_sync(0xffffffffu, factor[g % kScores], head_lane(g));
+#pragma unroll
+            for (int e = 0; e < 8; ++e) out[g * 8 + e] *= f;
+        }
+    }
+
+    // The warp's partial result to shared memory.
+    __device__ __forceinline__ void store(const AttentionScratch& scratch, int warp) {
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) {
+#pragma unroll
+            for (int mask = 4; mask < 32; mask *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], mask);
+        }
+        constexpr int kHeld = GP * 8 / kPerLoad;  // elements left to a lane: those from member * kHeld on
+        transposed_sum<16, kLanes, GP * 8>(out, lane);
+        float* target = scratch.out + warp * GP * D;
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+            const int element = member * kHeld + i;
+            target[element / 8 * D + column * 8 + element % 8] = out[i];
+        }
+        if (lane < 4 && lane % (GP < 4 ? 4 / GP : 1) == 0) {
+#pragma unroll
+            for (int i = 0; i < kScores; ++i)
+                scratch.state[warp * GP + (GP < 4 ? lane * GP / 4 : lane * kScores + i)] = make_float2(maximum[i], sum[i]);
+        }
+    }
+};
+
+// Rotates one head of q (to fp32, scaled) or the new k (to bf16), or copies the new v. One warp an item.
+template <int D>
+__device__ __forceinline__ void stage_head(const Params& p, const Step& step, uint32_t use, const uint32_t* source,
+                                           float* q, bf16* kv, bool rotate, int lane) {
+#pragma unroll
+    for (int i = 0; i < D / 64; ++i) {
+        const int d = lane + i * 32;
+        const int64_t angle = static_cast<int64_t>(step.position) * (D / 2) + d;
+        const float c = rotate ? __ldg(p.cos + angle) : 1.f, s = rotate ? __ldg(p.sin + angle) : 0.f;
+        const float a = await(source + d, use), b = await(source + d + D / 2, use);
+        const float low = a * c - b * s, high = b * c + a * s;
+        if (q != nullptr) {
+            q[d] = low * p.softmax_scale_log2;
+            q[d + D / 2] = high * p.softmax_scale_log2;
+        } else {
+            kv[d] = __float2bfloat16_rn(low);
+            kv[d + D / 2] = __float2bfloat16_rn(high);
+        }
+    }
+}
+
+// All partial results of this block, and then of the head's other blocks, into p.attn.
+template <int D, int GP>
+__device__ __forceinline__ void merge(const Params& p, const AttentionWork& work, const AttentionScratch& scratch,
+                                      uint32_t use, int warp, int lane, SharedState& shared) {
+    const int group = p.num_heads / p.num_kv_heads, outputs = group * D, thread = warp * 32 + lane;
+    const int row = work.head * p.max_splits + work.split;
+    for (int i = thread; i < outputs; i += kMathThreads) {
+        const int g = i / D;
+        float maximum = Attention<D, GP>::kNoScore, sum = 0.f, out = 0.f;
+#pragma unroll
+        for (int w = 0; w < kMathWarps; ++w) maximum = fmaxf(maximum, scratch.state[w * GP + g].x);
+#pragma unroll
+        for (int w = 0; w < kMathWarps; ++w) {
+            const float2 state = scratch.state[w * GP + g];
+            const float factor = exp2f(state.x - maximum);
+            sum = fmaf(factor, state.y, sum);
+            out = fmaf(factor, scratch.out[w * GP * D + i], out);
+        }
+        if (work.num_splits == 1) {
+            publish(p.attn + packet_index(work.head * outputs + i), out / sum, use);
+            continue;
+        }
+        publish(p.split_out + row * outputs + i, __float_as_uint(out), use);
+        if (i % D == 0) {
+            publish(p.split_state + (row * group + g) * 2, __float_as_uint(maximum), use);
+            publish(p.split_state + (row * group + g) * 2 + 1, __float_as_uint(sum), use);
+        }
+    }
+    if (work.num_splits == 1) return;
+
+    // Each split's block merges its share of the outputs, `num_splits` lanes an output.
+    PROFILE_BEGIN(merge_began);
+    const int splits = work.num_splits, share = outputs / splits, split = thread % splits;
+    constexpr int kPasses = (kMaxGroup < GP ? kMaxGroup : GP) * D / kMathThreads > 0 ? GP * D / kMathThreads : 1;
+    uint64_t value[kPasses], state_max[kPasses], state_sum[kPasses];
+    const uint64_t *from[kPasses], *state_from[kPasses];
+    int output[kPasses];
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const int own = thread / splits + pass * (kMathThreads / splits);
+        output[pass] = own < share ? work.split * share + own : -1;
+        const int i = max(output[pass], 0), other = work.head * p.max_splits + split;
+        from[pass] = p.split_out + other * outputs + i;
+        state_from[pass] = p.split_state + (other * group + i / D) * 2;
+        value[pass] = load_volatile(from[pass]);
+        state_max[pass] = load_volatile(state_from[pass]);
+        state_sum[pass] = load_volatile(state_from[pass] + 1);
+    }
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const auto finish = [use](uint64_t pair, const uint64_t* p) {
+            Watchdog watchdog;
+            while (static_cast<uint32_t>(pair >> 32) != use) {
+                watchdog.check();
+                pair = load_volatile(p);
+            }
+            return __uint_as_float(static_cast<uint32_t>(pair));
+        };
+        float maximum = finish(state_max[pass], state_from[pass]), sum = finish(state_sum[pass], state_from[pass] + 1);
+        float out = finish(value[pass], from[pass]);
+        __syncwarp();
+        float largest = maximum;
+        for (int mask = splits / 2; mask > 0; mask /= 2)
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
+        const float factor = exp2f(maximum - largest);
+        sum *= factor, out *= factor;
+        for (int mask = splits / 2; mask > 0; mask /= 2) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+            out += __shfl_xor_sync(0xffffffffu, out, mask);
+        }
+        if (split == 0 && output[pass] >= 0) publish(p.attn + packet_index(work.head * outputs + output[pass]), out / sum, use);
+    }
+    PROFILE_END(shared, 18, merge_began);
+}
+
+template <int D, int GP>
+__device__ __forceinline__ void attention(const Params& p, const Step& step, int layer, int warp, int lane, RingReader& ring,
+                                          const AttentionScratch& scratch, SharedState& shared) {
+    const AttentionWork work = attention_of_block(p, step.position, layer, blockIdx.x, gridDim.x);
+    if (work.head < 0) return;
+    const uint32_t use = step.first_use + layer;
+    const int group = p.num_heads / p.num_kv_heads;
+    const bool has_new = work.split == 0;
+
+    PROFILE_BEGIN(q_began);
+    const uint32_t* new_k = p.qkv + (p.num_heads + work.head) * D;
+    for (int item = warp; item < group + (has_new ? 2 : 0); item += kMathWarps) {
+        if (item < group)
+            stage_head<D>(p, step, use, p.qkv + (work.head * group + item) * D, scratch.q + item * D, nullptr, true, lane);
+        else
+            stage_head<D>(p, step, use, item == group ? new_k : new_k + p.num_kv_heads * D, nullptr,
+                          item == group ? scratch.k : scratch.v, item == group, lane);
+    }
+    common::named_sync(1, kMathThreads);
+    PROFILE_END(shared, 15, q_began);
+
+    PROFILE_BEGIN(tiles_began);
+    Attention<D, GP> state(lane);
+#pragma unroll
+    for (int g = 0; g < GP; ++g)
+#pragma unroll
+        for (int e = 0; e < 8; ++e) state.q[g * 8 + e] = g < group ? scratch.q[g * D + state.column * 8 + e] : 0.f;
+
+    constexpr int kLoads = Attention<D, GP>::kLoads, kPerLoad = Attention<D, GP>::kPerLoad;
+    if (has_new && warp == 0) {
+        uint4 k[kLoads] = {}, v[kLoads] = {};
+        k[0] = reinterpret_cast<const uint4*>(scratch.k)[state.column];
+        v[0] = reinterpret_cast<const uint4*>(scratch.v)[state.column];
+        state.update(k, v, 1);
+    }
+    constexpr uint32_t kTileBytes = kTileTokens * D * 2;
+    const uint32_t lane_offset = (warp * 8 + state.member) * (D * 2) + state.column * 16;
+    for (int tile = work.tile_begin; tile < work.tile_end; ++tile) {
+        uint4 k[kLoads], v[kLoads];
+        uint32_t chunk = ring.acquire(kTileBytes) + lane_offset;
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) k[i] = load_shared(chunk + i * kPerLoad * (D * 2));
+        ring.release(kTileBytes, lane);
+        chunk = ring.acquire(kTileBytes) + lane_offset;
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) v[i] = load_shared(chunk + i * kPerLoad * (D * 2));
+        ring.release(kTileBytes, lane);
+        const int count = step.position - tile * kTileTokens - warp * 8;
+        if (count > 0) state.update(k, v, min(count, 8));
+    }
+    PROFILE_END(shared, 16, tiles_began);
+
+    PROFILE_BEGIN(combine_began);
+    state.store(scratch, warp);
+    common::named_sync(1, kMathThreads);
+    merge<D, GP>(p, work, scratch, use, warp, lane, shared);
+    PROFILE_END(shared, 17, combine_began);
+
+    // The new token enters the cache for later steps. The fence makes it visible before anything that this block
+    // publishes from here on, and so to every loader of the next step.
+    if (has_new && warp == 0) {
+        if (lane < D / 8) {
+            const int64_t block = *p.slot * static_cast<int64_t>(p.blocks_per_slot) + step.position / kTileTokens;
+            const int64_t target = layer * p.stride_cache_layer +
+                                   ((block * p.num_kv_heads + work.head) * kTileTokens + step.position % kTileTokens) * D;
+            reinterpret_cast<uint4*>(p.k_cache + target)[lane] = reinterpret_cast<const uint4*>(scratch.k)[lane];
+            reinterpret_cast<uint4*>(p.v_cache + target)[lane] = reinterpret_cast<const uint4*>(scratch.v)[lane];
+            __threadfence();
+            asm volatile("fence.proxy.async.global;" ::: "memory");
+        }
+        __syncwarp();
+    }
+}
+
+}  // namespace decode_step

@@ -1,0 +1,187 @@
+// A whole decode step of batch 1 in one kernel, or several steps in a row.
+//
+// Grid: one block a multiprocessor, all resident at once (cooperative launch). Block: 8 math warps, one epilogue warp,
+// one loader thread. Every block owns some rows of every projection. Blocks exchange activations as tagged words
+// (packet.cuh); there is no other synchronisation between them, and nothing is ever reset.
+//
+//   loader    weights and cached k, v, in the order of use, into the ring         never waits for an activation
+//   math      await x; multiply chunks; partial rows to shared memory             per layer: qkv, attention, o, gate-up, down
+//   epilogue  sum partial rows; norm scale, residual, silu, argmax; publish
+#include <stdexcept>
+#include <string>
+
+#include "common/cuda_check.h"
+#include "decode_step/attention.cuh"
+#include "decode_step/epilogue.cuh"
+
+namespace decode_step {
+
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
+
+__device__ __forceinline__ const bf16* weight_of(const Params& p, const LayerPointers* layers, int op, int layer) {
+    switch (op) {
+        case kQkv: return layers[layer].qkv;
+        case kO: return layers[layer].o;
+        case kGateUp: return layers[layer].gate_up;
+        case kDown: return layers[layer].down;
+        default: return p.lm_head;
+    }
+}
+
+__device__ __forceinline__ void load_rows(const Params& p, const LayerPointers* layers, int op, int layer, RingLoader& ring) {
+    const Linear& linear = p.linear[op];
+    const Rows rows = rows_of_block(linear, op, layer, blockIdx.x, gridDim.x);
+    const uint32_t row_bytes = linear.k * 2;
+    const char* source = reinterpret_cast<const char*>(weight_of(p, layers, op, layer)) + static_cast<int64_t>(rows.begin) * row_bytes;
+    for (int row = 0; row < rows.count; row += linear.chunk_rows, source += linear.chunk_rows * row_bytes)
+        ring.push(source, min(linear.chunk_rows, rows.count - row) * row_bytes, linear.chunk_rows * row_bytes);
+}
+
+template <int D>
+__device__ __forceinline__ void load_context(const Params& p, const Step& step, int layer, int64_t first_block, RingLoader& ring) {
+    const AttentionWork work = attention_of_block(p, step.position, layer, blockIdx.x, gridDim.x);
+    constexpr uint32_t kTileBytes = kTileTokens * D * 2;
+    for (int tile = work.tile_begin; tile < work.tile_end; ++tile) {
+        const int64_t source = layer * p.stride_cache_layer + ((first_block + tile) * p.num_kv_heads + work.head) * (kTileTokens * D);
+        const uint32_t bytes = min(kTileTokens, step.position - tile * kTileTokens) * D * 2;
+        ring.push(p.k_cache + source, bytes, kTileBytes);
+        ring.push(p.v_cache + source, bytes, kTileBytes);
+    }
+}
+
+template <int D>
+__device__ __forceinline__ void run_loader(const Params& p, int position, uint32_t steps_done, const LayerPointers* layers, RingLoader ring) {
+    const int64_t first_block = static_cast<int64_t>(*p.slot) * p.blocks_per_slot;
+    for (int index = 0; index < p.num_steps; ++index) {
+        const Step step = make_step(p, position, steps_done, index);
+        // The ring's barriers order this after the previous step's layers on this block, and these fences carry what the
+        // other blocks then appended to the cache over to the copy engine.
+        __threadfence();
+        asm volatile("fence.proxy.async.global;" ::: "memory");
+        for (int layer = 0; layer < p.num_layers; ++layer) {
+            load_rows(p, layers, kQkv, layer, ring);
+            load_context<D>(p, step, layer, first_block, ring);
+            load_rows(p, layers, kO, layer, ring);
+            load_rows(p, layers, kGateUp, layer, ring);
+            load_rows(p, layers, kDown, layer, ring);
+        }
+        load_rows(p, layers, kHead, p.num_layers, ring);
+    }
+}
+
+__device__ __forceinline__ GemvInput input_of(const Params& p, const LayerPointers* layers, int op, int layer, const Step& step, int token) {
+    const uint32_t use = step.first_use + layer;
+    switch (op) {
+        case kQkv:
+            if (layer == 0) return {nullptr, 0, p.embed + static_cast<int64_t>(token) * p.hidden_size, layers[0].attn_norm};
+            return {p.x_attn, use - 1, nullptr, layers[layer].attn_norm};
+        case kO: return {p.attn, use, nullptr, nullptr};
+        case kGateUp: return {p.x_mlp, use, nullptr, layers[layer].mlp_norm};
+        case kDown: return {p.act, use, nullptr, nullptr};
+        default: return {p.x_attn, use - 1, nullptr, p.final_norm};
+    }
+}
+
+template <int D, int GP>
+__device__ __forceinline__ void run_math(const Params& p, int position, uint32_t steps_done, const LayerPointers* layers, RingReader ring,
+                                         const AttentionScratch& scratch, int warp, int lane, SharedState& shared) {
+    uint32_t batch_count = 0;
+    for (int index = 0; index < p.num_steps; ++index) {
+        const Step step = make_step(p, position, steps_done, index);
+        const int token = index == 0 ? static_cast<int>(*p.token_id) : drawn_token(p, step.number - 1);
+        for (int i = 0; i <= 4 * p.num_layers; ++i) {
+            const int layer = i >> 2, op = layer == p.num_layers ? static_cast<int>(kHead) : i & 3;
+            if (op == kO) attention<D, GP>(p, step, layer, warp, lane, ring, scratch, shared);
+            const Linear& linear = p.linear[op];
+            const int rows = rows_of_block(linear, op, layer, blockIdx.x, gridDim.x).count;
+            if (rows == 0) continue;
+            const GemvInput in = input_of(p, layers, op, layer, step, token);
+            switch (linear.units) {
+#define GEMV(U) \
+    case U: gemv<U>(linear, op, in, rows, warp, lane, ring, batch_count, shared); break;
+                GEMV(1) GEMV(2) GEMV(3) GEMV(4) GEMV(5) GEMV(6) GEMV(7) GEMV(8)
+#undef GEMV
+            }
+        }
+    }
+}
+
+#endif
+
+template <int D, int GP>
+__global__ void __launch_bounds__(kThreads, 1) decode_step_kernel(const __grid_constant__ Params p) {
+#if __CUDA_ARCH__ >= 900
+    extern __shared__ __align__(128) unsigned char memory[];
+    SharedState& shared = *reinterpret_cast<SharedState*>(memory);
+    unsigned char* after = memory + align_up(sizeof(SharedState));
+    const AttentionScratch scratch = attention_scratch<D, GP>(after);
+    LayerPointers* layers = reinterpret_cast<LayerPointers*>(after + attention_scratch_bytes(D, GP));
+    unsigned char* ring = reinterpret_cast<unsigned char*>(layers) + align_up(p.num_layers * sizeof(LayerPointers));
+
+    const int position = *p.position;
+    if (position < 0 || position + p.num_steps > p.max_positions) return;  // the same on every block
+    const uint32_t steps_done = *p.steps_done;
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kRingSlots; ++i) {
+            common::mbarrier_init(common::shared_address(&shared.ring.full[i]), 1);
+            common::mbarrier_init(common::shared_address(&shared.ring.empty[i]), kMathWarps);
+        }
+        for (int i = 0; i < kBatchBuffers; ++i) {
+            common::mbarrier_init(common::shared_address(&shared.batch_full[i]), kMathWarps);
+            common::mbarrier_init(common::shared_address(&shared.batch_empty[i]), 1);
+        }
+        common::fence_barrier_init();
+    }
+    for (int i = threadIdx.x; i < 32; i += kThreads) shared.profile[i] = 0;
+    for (int i = threadIdx.x; i < p.num_layers * int(sizeof(LayerPointers) / 8); i += kThreads)
+        reinterpret_cast<uint64_t*>(layers)[i] = reinterpret_cast<const uint64_t*>(p.layers)[i];
+    __syncthreads();
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t full = common::shared_address(shared.ring.full), empty = common::shared_address(shared.ring.empty);
+    const uint32_t size = p.ring_bytes;
+    PROFILE_BEGIN(kernel_began);
+    // Registers move from the helpers' warp group to the math warps' two.
+    if (warp < kMathWarps) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+        run_math<D, GP>(p, position, steps_done, layers, RingReader{common::shared_address(ring), full, empty, size}, scratch, warp, lane, shared);
+    } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+        if (warp == kEpilogueWarp) run_epilogue(p, position, steps_done, lane, shared);
+        if (warp == kLoaderWarp && lane == 0)
+            run_loader<D>(p, position, steps_done, layers, RingLoader{common::shared_address(ring), full, empty, size, shared.ring.began});
+    }
+#ifdef DECODE_STEP_PROFILE
+    if (warp == 0) PROFILE_END(shared, 21, kernel_began);
+    __syncthreads();
+    if (threadIdx.x < 32) p.profile[blockIdx.x * 32 + threadIdx.x] = shared.profile[threadIdx.x];
+#endif
+#endif
+}
+
+int fixed_smem_bytes(int num_layers, int head_dim, int group) {
+    const int padded = group > 4 ? 8 : group > 2 ? 4 : group;
+    return align_up(sizeof(SharedState)) + attention_scratch_bytes(head_dim, padded) + align_up(num_layers * sizeof(LayerPointers));
+}
+
+void launch(const Params& params, int head_dim, int grid, int smem_bytes, void* stream) {
+    const int group = params.num_heads / params.num_kv_heads;
+    const auto kernel = [&]() -> const void* {
+        const int padded = group > 4 ? 8 : group > 2 ? 4 : group;
+#define KERNEL(D, GP) \
+    if (head_dim == D && padded == GP) return reinterpret_cast<const void*>(decode_step_kernel<D, GP>);
+        KERNEL(64, 4) KERNEL(128, 4)
+#ifndef DECODE_STEP_FEW
+        KERNEL(64, 1) KERNEL(64, 2) KERNEL(64, 8) KERNEL(128, 1) KERNEL(128, 2) KERNEL(128, 8)
+#endif
+#undef KERNEL
+        throw std::runtime_error("decode_step: no kernel for head_dim " + std::to_string(head_dim) + ", group " + std::to_string(group));
+    }();
+    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+    Params copy = params;
+    void* arguments[] = {&copy};
+    CHECK_CUDA(cudaLaunchCooperativeKernel(kernel, dim3(grid), dim3(kThreads), arguments, smem_bytes, static_cast<cudaStream_t>(stream)));
+}
+
+}  // namespace decode_step

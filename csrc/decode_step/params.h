@@ -1,0 +1,122 @@
+// What the persistent decode step is told, and how its work is cut: read by the host and by the device.
+//
+// H hidden size, F intermediate size, Hq and Hkv query and kv heads of size D, V vocabulary. All matrices are bf16,
+// row-major [rows, k] and contiguous, so that a range of rows is one run of memory.
+#pragma once
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+namespace decode_step {
+
+using bf16 = __nv_bfloat16;
+
+constexpr int kMathWarps = 8;
+constexpr int kMathThreads = kMathWarps * 32;
+constexpr int kEpilogueWarp = kMathWarps;   // sums the math warps' partial rows and publishes them
+constexpr int kLoaderWarp = kMathWarps + 1;  // streams weights and cached keys and values
+constexpr int kThreads = (kMathWarps + 4) * 32;  // two warps idle: registers move between groups of four warps
+
+constexpr int kTileTokens = 64;   // one cache block of one head is one tile
+constexpr int kUnit = 256;        // columns that a warp reads of a row with one 16-byte load a lane
+constexpr int kMaxUnits = 8;      // units of a row that one warp may own: its slice of x lives in registers
+constexpr int kBatchRows = 16;    // rows that a warp sums across its lanes at once
+constexpr int kBatchBuffers = 4;  // batches of partial rows in flight between math warps and epilogue
+constexpr int kRingSlots = 32;    // chunks in flight at most
+constexpr int kMaxSplits = 16;    // context splits of one kv head
+constexpr int kMaxGroup = 8;      // query heads of one kv head
+
+enum Op { kQkv = 0, kO = 1, kGateUp = 2, kDown = 3, kHead = 4, kNumOps = 5 };
+
+struct LayerPointers {
+    const bf16 *attn_norm, *qkv, *o, *mlp_norm, *gate_up, *down;
+};
+
+// One projection y = W x, W [rows, k]. A chunk is `chunk_rows` whole rows; in it, k_slices warps share a row, each with
+// `units` units of columns, and the 8 / k_slices groups of warps take different rows.
+struct Linear {
+    int rows, k;
+    int row_unit;  // rows are dealt to blocks in multiples of this
+    int units, k_slices, chunk_rows;
+};
+
+// Rows of a chunk that one warp multiplies: enough for four independent loads a lane.
+__host__ __device__ constexpr int rows_per_warp(int units) { return units == 1 ? 4 : units == 2 ? 2 : 1; }
+
+struct Params {
+    const LayerPointers* layers;        // [num_layers], device memory
+    const bf16 *embed, *final_norm, *lm_head;  // [V, H], [H], [V, H]
+    const float *cos, *sin;             // [max_position, D / 2]
+    bf16 *k_cache, *v_cache;            // [num_layers, num_blocks, Hkv, 64, D]
+    int64_t stride_cache_layer;         // elements
+    int blocks_per_slot, max_positions;  // max_positions: the smaller of the slot's and the table's length
+    int num_layers, hidden_size, num_heads, num_kv_heads, vocab_size;
+    float rms_norm_eps, softmax_scale_log2;  // log2(e) / sqrt(D)
+    Linear linear[kNumOps];
+    int ring_bytes, max_splits, single_split_tiles;
+
+    // Decode state of the one row: where the step reads its input and leaves its output.
+    int64_t* token_id;                  // [1]
+    int32_t* position;                  // [1], index of the new token; negative: idle, nothing happens
+    const int32_t* slot;                // [1]
+    const int64_t* stop_ids;            // [num_stop_ids], negative entries never match; may be null
+    const int32_t *first_stop_position, *last_position;  // [1]; null without stop_ids
+    int num_stop_ids;
+    const float* temperature;           // [1], 0 is greedy; null: greedy
+    const int64_t *seed, *request, *sample;  // [1] each, the generator's key
+    int num_steps;                      // tokens that one launch decodes
+    bool draws;                         // false: logits only; state stays as it is and num_steps is 1
+    float* logits;                      // [V] of the last step, or null
+    int64_t* drawn;                     // [num_steps], the tokens drawn; null if !draws
+
+    // Activations on their way between blocks (packet.cuh). Zeroed once, with `steps_done`; then never again.
+    uint32_t *x_attn, *x_mlp, *qkv, *attn, *act;  // tagged words: [H], [H], [(Hq + 2 Hkv) D], [Hq D], [F]
+    uint64_t* split_out;                // [Hkv, max_splits, group D] pairs (value, tag)
+    uint64_t* split_state;              // [Hkv, max_splits, group, 2] pairs (max or sum, tag)
+    uint64_t* candidates;               // [grid], the best (score, token id) of each block
+    uint32_t* steps_done;               // [1], counts every step ever made; tags derive from it
+    int64_t* profile;                   // [grid, 32] cycles, in builds with DECODE_STEP_PROFILE
+};
+
+struct Rows {
+    int begin, count;
+};
+
+// The rows of one projection that a block multiplies. The remainder moves around with the layer, so that over a step
+// every block reads nearly the same number of bytes.
+__host__ __device__ inline Rows rows_of_block(const Linear& linear, int op, int layer, int block, int grid) {
+    const int seat = (block + layer * 37 + op * 29) % grid;
+    const int pieces = linear.rows / linear.row_unit;
+    const int begin = static_cast<int>(static_cast<int64_t>(seat) * pieces / grid);
+    const int end = static_cast<int>(static_cast<int64_t>(seat + 1) * pieces / grid);
+    return {begin * linear.row_unit, (end - begin) * linear.row_unit};
+}
+
+// The cached tokens that a block attends to: tiles [tile_begin, tile_end) of one kv head; head < 0: none.
+// The new token belongs to split 0.
+struct AttentionWork {
+    int head, split, num_splits, tile_begin, tile_end;
+};
+
+__host__ __device__ inline AttentionWork attention_of_block(const Params& p, int position, int layer, int block, int grid) {
+    const int tiles = (position + kTileTokens - 1) / kTileTokens;
+    int splits = 1;
+    if (tiles > p.single_split_tiles)
+        while (splits < p.max_splits && 4 * splits <= tiles) splits *= 2;  // two tiles a split, or more
+    const int seat = (block + layer * 61) % grid;
+    if (seat >= p.num_kv_heads * splits) return {-1, 0, splits, 0, 0};
+    const int head = seat / splits, split = seat % splits;
+    return {head, split, splits, static_cast<int>(static_cast<int64_t>(split) * tiles / splits),
+            static_cast<int>(static_cast<int64_t>(split + 1) * tiles / splits)};
+}
+
+struct LaunchShape {
+    int grid, smem_bytes;
+};
+
+// Launches params.num_steps steps on `stream`; throws std::runtime_error on a CUDA error.
+void launch(const Params& params, int head_dim, int grid, int smem_bytes, void* stream);
+// Shared memory of one block besides the ring.
+int fixed_smem_bytes(int num_layers, int head_dim, int group);
+
+}  // namespace decode_step

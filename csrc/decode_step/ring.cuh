@@ -1,0 +1,97 @@
+// The stream of weights and cached keys and values through shared memory.
+//
+// One thread of the block copies every chunk that the block will multiply in this launch, in order and without waiting
+// for any activation, because weights are constants: memory stays busy while the math warps wait for other blocks.
+// Chunks have different sizes, so the ring is one of bytes; a chunk that would cross its end starts at 0 again. Loader
+// and readers derive the same offsets from the same sequence of sizes.
+#pragma once
+#include "common/async.cuh"
+#include "decode_step/packet.cuh"
+
+namespace decode_step {
+
+struct RingBarriers {
+    uint64_t full[kRingSlots], empty[kRingSlots];
+    uint32_t began[kRingSlots];  // the loader's: stream position of each chunk
+};
+
+__device__ __forceinline__ void wait_phase(uint32_t barrier, uint32_t parity) {
+    uint32_t done = 0;
+    Watchdog watchdog;
+    for (;;) {
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+        if (done) return;
+        watchdog.check();
+    }
+}
+
+// One math warp's view.
+struct RingReader {
+    uint32_t base, full, empty, size;  // shared addresses, bytes
+    uint32_t offset = 0, count = 0;
+
+    // Waits for the next chunk, of `bytes`, and returns its shared address.
+    __device__ __forceinline__ uint32_t acquire(uint32_t bytes) {
+        if (offset + bytes > size) offset = 0;
+        wait_phase(full + (count % kRingSlots) * 8, (count / kRingSlots) & 1);
+        return base + offset;
+    }
+    // The whole warp has read what it needs of the chunk.
+    __device__ __forceinline__ void release(uint32_t bytes, int lane) {
+        __syncwarp();
+        if (lane == 0) common::mbarrier_arrive(empty + (count % kRingSlots) * 8);
+        offset += bytes;
+        ++count;
+    }
+};
+
+struct RingLoader {
+    uint32_t base, full, empty, size;
+    uint32_t* began;
+    uint32_t offset = 0, position = 0, head = 0, tail = 0;
+
+    // Copies `bytes` of `source` into the next chunk, which takes `reserved` bytes of the ring.
+    __device__ __forceinline__ void push(const void* source, uint32_t bytes, uint32_t reserved) {
+        if (offset + reserved > size) {
+            position += size - offset;
+            offset = 0;
+        }
+        while (tail != head && (position + reserved - began[tail % kRingSlots] > size || head - tail == kRingSlots)) {
+            wait_phase(empty + (tail % kRingSlots) * 8, (tail / kRingSlots) & 1);
+            ++tail;
+        }
+        began[head % kRingSlots] = position;
+        const uint32_t barrier = full + (head % kRingSlots) * 8;
+        common::mbarrier_expect(barrier, bytes);
+        constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // createpolicy.fractional.L2::evict_first
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+            ::"r"(base + offset), "l"(source), "r"(bytes), "r"(barrier), "l"(kEvictFirst)
+            : "memory");
+        offset += reserved;
+        position += reserved;
+        ++head;
+    }
+};
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+__device__ __forceinline__ void unpack(uint4 v, float (&out)[8]) {
+    out[0] = bf16_low(v.x), out[1] = bf16_high(v.x), out[2] = bf16_low(v.y), out[3] = bf16_high(v.y);
+    out[4] = bf16_low(v.z), out[5] = bf16_high(v.z), out[6] = bf16_low(v.w), out[7] = bf16_high(v.w);
+}
+
+}  // namespace decode_step

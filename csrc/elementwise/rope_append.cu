@@ -1,0 +1,75 @@
+// Prefill's way from the packed projection to attention and cache: one read of qkv, q and k rotated in fp32 (half-split layout:
+// element i turns with element i + head_dim / 2), k and v stored in their blocks. A block is one token; a thread keeps one
+// chunk of cosines and sines and walks over the heads with it.
+#include "common/async.cuh"
+#include "common/launch.h"
+#include "elementwise/chunk.cuh"
+#include "elementwise/launch.h"
+
+namespace elementwise {
+
+static constexpr int kThreads = 128;
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppend p) {
+    constexpr int kHalf = kHeadDim / 2 / kChunk;  // chunks in half a head
+    constexpr int kHeadChunks = 2 * kHalf;
+    const int pair = threadIdx.x % kHalf;  // chunks `pair` and `pair + kHalf` turn together
+    const int token = blockIdx.x;
+    common::wait_for_previous_kernel();
+    common::allow_next_kernel();
+    const int64_t position = p.positions[token], slot = p.slots[token];
+    const bool active = position >= 0;
+
+    float cosine[8], sine[8];
+    const int64_t table = (active ? position : 0) * (kHeadDim / 2) + pair * kChunk;
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+        *reinterpret_cast<float4*>(cosine + i) = __ldg(reinterpret_cast<const float4*>(p.cos + table + i));
+        *reinterpret_cast<float4*>(sine + i) = __ldg(reinterpret_cast<const float4*>(p.sin + table + i));
+    }
+    const int rotated_heads = p.num_heads + p.num_kv_heads, all_heads = rotated_heads + p.num_kv_heads;
+    const uint4* qkv = static_cast<const uint4*>(p.qkv) + int64_t(token) * all_heads * kHeadChunks;
+    uint4* rotated = static_cast<uint4*>(p.rotated) + int64_t(token) * rotated_heads * kHeadChunks;
+    const int64_t block = slot * p.blocks_per_slot + position / kBlockSize;
+    const int64_t cache_row = (block * p.num_kv_heads * kBlockSize + position % kBlockSize) * kHeadChunks;
+    constexpr int64_t kCacheHead = int64_t(kBlockSize) * kHeadChunks;
+
+#pragma unroll 4
+    for (int head = threadIdx.x / kHalf; head < all_heads; head += kThreads / kHalf) {
+        uint4 low = qkv[head * kHeadChunks + pair], high = qkv[head * kHeadChunks + pair + kHalf];
+        if (head < rotated_heads) {
+            float a[8], b[8], turned_a[8], turned_b[8];
+            to_floats<T>(low, a);
+            to_floats<T>(high, b);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                turned_a[i] = a[i] * cosine[i] - b[i] * sine[i];
+                turned_b[i] = b[i] * cosine[i] + a[i] * sine[i];
+            }
+            low = from_floats<T>(turned_a), high = from_floats<T>(turned_b);
+            rotated[head * kHeadChunks + pair] = low, rotated[head * kHeadChunks + pair + kHalf] = high;
+        }
+        if (head >= p.num_heads && active) {
+            const bool is_key = head < rotated_heads;
+            uint4* cache = static_cast<uint4*>(is_key ? p.k_cache : p.v_cache) + cache_row +
+                           (head - (is_key ? p.num_heads : rotated_heads)) * kCacheHead;
+            cache[pair] = low, cache[pair + kHalf] = high;
+        }
+    }
+}
+
+void rope_append(const RopeAppend& p, const Launch& how) {
+    require(p.head_dim == 64 || p.head_dim == 128, "head_dim is " + std::to_string(p.head_dim) + "; supported: 64, 128");
+    require(p.num_tokens >= 1, "there are no tokens");
+    require(p.num_heads >= 1 && p.num_kv_heads >= 1 && p.blocks_per_slot >= 1, "num_heads, num_kv_heads and blocks_per_slot must be at least 1");
+    require_aligned(p.qkv, "qkv"), require_aligned(p.rotated, "rotated");
+    require_aligned(p.cos, "cos"), require_aligned(p.sin, "sin");
+    require_aligned(p.k_cache, "k_cache"), require_aligned(p.v_cache, "v_cache");
+    const bool bf16 = how.dtype == common::Dtype::kBFloat16;
+    auto* kernel = p.head_dim == 64 ? (bf16 ? rope_append_kernel<__nv_bfloat16, 64> : rope_append_kernel<__half, 64>)
+                                    : (bf16 ? rope_append_kernel<__nv_bfloat16, 128> : rope_append_kernel<__half, 128>);
+    common::launch(kernel, p.num_tokens, kThreads, 0, how.stream, how.overlap, p);
+}
+
+}  // namespace elementwise
