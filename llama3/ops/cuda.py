@@ -1,0 +1,82 @@
+"""How each op runs on an NVIDIA GPU; `llama3.ops.reference` says what each one means, docs/cuda-ops.md why it runs so."""
+
+import torch
+import torch.nn.functional as F
+
+import load_custom_kernels
+from llama3.config import ModelConfig
+from llama3.forward_batch import DecodeBatch, PrefillBatch
+from llama3.kv_cache import LayerCache
+from llama3.ops import elementwise, linear, prefill_attention
+from llama3.ops.decode_attn import MAX_GROUP, rope_append_decode
+from llama3.ops.prefill_attention import PrefillPlan
+from llama3.rope import RopeTable
+from llama3.sampling import SamplingTensors, sample_tokens
+
+FAMILIES = ("elementwise", "decode_attn")
+
+
+class CudaOps:
+    """The seam's ops as CUDA kernels, in bf16 or fp16. No op waits for the GPU; all but prefill can be captured."""
+
+    name = "cuda"
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.overlap = elementwise.can_overlap(device)
+        self.description = "decode attention, cuBLAS, fused norms, rope and SwiGLU"
+        self._plan: PrefillPlan | None = None
+
+    @staticmethod
+    def why_not(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why the kernels cannot run this model here, in one line; None if they can. Builds them if need be."""
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return f"the CUDA kernels need an NVIDIA GPU, and the device is {device}"
+        if dtype not in elementwise.DTYPES:
+            return f"the CUDA kernels compute in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}"
+        if config.num_heads // config.num_kv_heads > MAX_GROUP:
+            ratio = f"{config.num_heads} query heads for {config.num_kv_heads} key-value heads"
+            return f"the model has {ratio}, and the CUDA kernels take at most {MAX_GROUP} for one"
+        if config.hidden_size % 8:
+            return f"hidden_size is {config.hidden_size}, and the CUDA kernels need a multiple of 8"
+        try:
+            load_custom_kernels.arch_for(*torch.cuda.get_device_capability(device))
+            for family in FAMILIES:
+                load_custom_kernels.load(family)
+        except load_custom_kernels.KernelBuildError as error:
+            return str(error)
+        return None
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return F.embedding(token_ids, table)
+
+    def norm_linear(
+        self, x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return linear.linear(elementwise.rms_norm(x, norm_weight, eps), weight)
+
+    def rope_append_attend(
+        self, qkv: torch.Tensor, rope: RopeTable, cache: LayerCache, batch: PrefillBatch | DecodeBatch
+    ) -> torch.Tensor:
+        if isinstance(batch, DecodeBatch):
+            slots = {"slots": batch.slots, "blocks_per_slot": cache.blocks_per_slot}
+            return rope_append_decode(
+                qkv, rope.cos, rope.sin, cache.k, cache.v, batch.positions, **slots, pdl=self.overlap
+            )
+        if self._plan is None or self._plan.batch is not batch:  # one a forward pass: its layers share it
+            self._plan = PrefillPlan.of(batch)
+        num_kv_heads, head_dim = cache.k.shape[1], cache.k.shape[3]
+        rotated = elementwise.rope_append(qkv, rope, cache, batch.slots, batch.positions)
+        q, k = rotated[:, :-num_kv_heads], rotated[:, -num_kv_heads:]
+        v = qkv.unflatten(1, (-1, head_dim))[:, -num_kv_heads:]
+        return prefill_attention.attend(q, k, v, cache, self._plan).flatten(1)
+
+    def linear_add(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return linear.linear_add(x, weight, residual)
+
+    def norm_swiglu(
+        self, x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return elementwise.silu_mul(self.norm_linear(x, norm_weight, gate_up, eps))
+
+    def sample(self, logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor) -> torch.Tensor:
+        return sample_tokens(logits, params, positions)
