@@ -1,0 +1,264 @@
+"""The public API on the bundled model: text in, text out, in order, repeatable, and clear about what it cannot do."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llama3
+from llama3 import LLM, SamplingParams, UserError
+from llama3.errors import CapacityError, DeviceError, RequestError, TokenizerError
+from llama3.plan import MemoryPlan
+from tests.model_folders import make_model_folder
+
+DEMO = Path(llama3.__file__).parent.parent / "models" / "demo"
+PROMPTS = ["def main(", "import os\n", "class Queue:\n    def put(self, item):\n", "x = [", "# A comment\n"]
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(DEMO, device="cpu", dtype="float32", max_model_len=512, use_tqdm=False) as llm:
+        yield llm
+
+
+def texts(outputs: list[llama3.RequestOutput]) -> list[str]:
+    return [completion.text for output in outputs for completion in output.outputs]
+
+
+def test_greedy_text_equals_transformers(llm: LLM) -> None:
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    eos_ids = model.generation_config.eos_token_id
+    for prompt, output in zip(PROMPTS, llm.generate(PROMPTS, GREEDY, use_tqdm=False), strict=True):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        expected = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert output.prompt == prompt
+        assert output.prompt_token_ids == inputs["input_ids"][0].tolist()
+        (completion,) = output.outputs
+        assert completion.token_ids == expected.tolist()
+        assert completion.text == tokenizer.decode(expected, skip_special_tokens=True)
+        assert completion.finish_reason == ("stop" if int(expected[-1]) in eos_ids else "length")
+        assert completion.logprobs is None and completion.cumulative_logprob is None
+
+
+def test_one_prompt_many_prompts_and_token_ids(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode(PROMPTS[0])
+    expected = texts(llm.generate(PROMPTS[0], GREEDY, use_tqdm=False))
+    assert texts(llm.generate(ids, GREEDY, use_tqdm=False)) == expected
+    assert texts(llm.generate([ids], GREEDY, use_tqdm=False)) == expected
+    assert texts(llm.generate(np.array(ids), GREEDY, use_tqdm=False)) == expected  # type: ignore[arg-type]
+    assert texts(llm.generate([PROMPTS[1], ids], [GREEDY, GREEDY], use_tqdm=False))[1] == expected[0]
+    assert llm.generate([], GREEDY, use_tqdm=False) == []
+
+
+def test_a_seed_gives_the_same_text_in_any_order_and_company(llm: LLM) -> None:
+    params = [SamplingParams(temperature=0.9, top_p=0.95, seed=i, max_tokens=16) for i in range(len(PROMPTS))]
+    together = texts(llm.generate(PROMPTS, params, use_tqdm=False))
+    backwards = texts(llm.generate(PROMPTS[::-1], params[::-1], use_tqdm=False))
+    assert backwards[::-1] == together
+    assert texts(llm.generate(PROMPTS[2], params[2], use_tqdm=False)) == [together[2]]
+
+
+def test_the_engine_seed_repeats_a_run_and_another_seed_changes_it() -> None:
+    params = SamplingParams(temperature=1.0, max_tokens=12)
+
+    def run(seed: int) -> list[str]:
+        with LLM(DEMO, device="cpu", dtype="float32", seed=seed, use_tqdm=False) as llm:
+            first = texts(llm.generate([PROMPTS[0]] * 2, params, use_tqdm=False))
+            return first + texts(llm.generate(PROMPTS[0], params, use_tqdm=False))
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+    assert len(set(run(1))) == 3  # unseeded requests draw differently from one another
+
+
+def test_stop_strings_end_the_text_before_them(llm: LLM) -> None:
+    (whole,) = texts(llm.generate(PROMPTS[2], GREEDY, use_tqdm=False))
+    assert len(whole) > 12
+    stop = whole[7:10]
+    params = SamplingParams(temperature=0, max_tokens=24, stop=["never this", stop])
+    (output,) = llm.generate(PROMPTS[2], params, use_tqdm=False)
+    (completion,) = output.outputs
+    assert completion.text == whole[: whole.index(stop)]
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
+    assert len(completion.token_ids) < 24
+    assert "".join(llm.stream(PROMPTS[2], params)) == completion.text
+
+
+def test_stop_token_ids_and_ignore_eos(llm: LLM) -> None:
+    (output,) = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    ids = output.outputs[0].token_ids
+    params = SamplingParams(temperature=0, max_tokens=24, stop_token_ids=[ids[3]])
+    (stopped,) = llm.generate(PROMPTS[0], params, use_tqdm=False)[0].outputs
+    assert stopped.token_ids == ids[: ids.index(ids[3]) + 1]
+    assert stopped.text == llm.get_tokenizer().decode(ids[: ids.index(ids[3])])
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", ids[3])
+
+
+def test_chat_stops_at_the_end_of_the_turn_unless_told_not_to(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "Write a function named add"}]
+    (output,) = llm.chat(messages, SamplingParams(temperature=0, max_tokens=200), use_tqdm=False)
+    (completion,) = output.outputs
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert output.prompt_token_ids == expected
+    assert completion.finish_reason == "stop" and completion.stop_reason is None
+    assert "<|" not in completion.text
+    ignoring = SamplingParams(temperature=0, max_tokens=len(completion.token_ids) + 5, ignore_eos=True)
+    (longer,) = llm.chat(messages, ignoring, use_tqdm=False)[0].outputs
+    assert longer.token_ids[: len(completion.token_ids)] == completion.token_ids
+    assert longer.finish_reason == "length"
+    both = llm.chat([messages, messages], GREEDY, use_tqdm=False)
+    assert [o.prompt_token_ids for o in both] == [expected, expected]
+
+
+def test_stream_pieces_join_to_the_text(llm: LLM) -> None:
+    pieces = list(llm.stream(PROMPTS[2], GREEDY))
+    assert "".join(pieces) == texts(llm.generate(PROMPTS[2], GREEDY, use_tqdm=False))[0]
+    assert len(pieces) > 5
+
+
+def test_an_abandoned_stream_leaves_the_engine_usable(llm: LLM) -> None:
+    expected = texts(llm.generate(PROMPTS[1], GREEDY, use_tqdm=False))
+    stream = llm.stream(PROMPTS[0], GREEDY)
+    next(stream)
+    with pytest.raises(RequestError, match="generating already"):
+        llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
+    stream.close()
+    assert texts(llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)) == expected
+
+
+def test_logprobs_and_n(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.0, seed=4, n=3, max_tokens=6, logprobs=2)
+    (output,) = llm.generate(PROMPTS[0], params, use_tqdm=False)
+    assert [c.index for c in output.outputs] == [0, 1, 2]
+    assert len({tuple(c.token_ids) for c in output.outputs}) > 1
+    for completion in output.outputs:
+        assert completion.logprobs is not None and completion.cumulative_logprob is not None
+        assert len(completion.logprobs) == len(completion.token_ids) == 6
+        drawn = [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+        assert completion.cumulative_logprob == pytest.approx(sum(drawn))
+        for step, token in zip(completion.logprobs, completion.token_ids, strict=True):
+            assert len(step) in (2, 3)
+            assert sorted(entry.rank for entry in step.values())[:2] == [1, 2]
+            assert step[token].decoded_token == llm.get_tokenizer().decode([token], skip_special_tokens=False)
+
+
+def test_default_parameters_come_from_the_folder(llm: LLM) -> None:
+    params = llm.get_default_sampling_params()
+    assert (params.temperature, params.top_p) == (0.6, 0.9)
+
+
+def test_max_tokens_none_fills_the_context() -> None:
+    with LLM(DEMO, device="cpu", dtype="float32", max_model_len=40, use_tqdm=False) as llm:
+        params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+        (output,) = llm.generate(PROMPTS[0], params, use_tqdm=False)
+        assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 40
+
+
+def test_closing_gives_the_memory_back() -> None:
+    llm = LLM(DEMO, device="cpu", use_tqdm=False)
+    llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    assert llm.engine.cache is not None
+    held = [weakref.ref(t) for t in (llm.engine.cache.k, *llm.engine.model.weights.tensors())]
+    llm.close()
+    gc.collect()
+    assert not any(reference() is not None for reference in held)
+    llm.close()  # again is harmless
+
+
+BAD_PROMPTS = [
+    ("", "prompt 1: the prompt is an empty string"),
+    ([], "prompt 1: the prompt has no token ids"),
+    ([5, 10**6], "prompt 1: token id 1000000 is outside the vocabulary of 2048"),
+    ([5, -1], "prompt 1: token id -1 is outside the vocabulary"),
+    ([5, "x"], "prompt 1: the prompt must be a string or token ids, but it holds 'x'"),
+    ([5] * 512, "prompt 1: the prompt has 512 tokens and leaves no room to generate: the limit .* is 512"),
+    (7.5, "prompt 1 must be a string or a list of token ids, not float"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "message"), BAD_PROMPTS)
+def test_a_bad_prompt_is_named_by_its_index(llm: LLM, prompt: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.generate(["x = 1", prompt], GREEDY, use_tqdm=False)  # type: ignore[list-item]
+
+
+def test_a_bad_prompt_can_be_recorded_while_the_others_run(llm: LLM) -> None:
+    outputs = llm.generate([PROMPTS[0], "", [5] * 600], GREEDY, use_tqdm=False, on_error="record")
+    assert texts(outputs[:1]) == texts(llm.generate(PROMPTS[0], GREEDY, use_tqdm=False))
+    assert [o.error is None for o in outputs] == [True, False, False]
+    assert "600 tokens" in (outputs[2].error or "")
+    assert outputs[1].outputs == [] and [o.request_id for o in outputs] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm: llm.generate(["a", "b"], [GREEDY]), "2 prompts came with 1 sampling parameters"),
+        (lambda llm: llm.generate("a", SamplingParams(stop_token_ids=[9999])), "stop token id 9999 is outside"),
+        (lambda llm: llm.generate("a", SamplingParams(logprobs=5000)), "logprobs is 5000, more than the vocabulary"),
+        (lambda llm: llm.generate("a", on_error="ignore"), "on_error='ignore' must be 'raise' or 'record'"),
+        (lambda llm: list(llm.stream("a", SamplingParams(n=2))), "stream gives one answer, but n is 2"),
+        (lambda llm: llm.generate(5), "prompts must be strings or lists of token ids, not int"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(llm: LLM, call: object, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        call(llm)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"device": "tpu:0"}, DeviceError, "device 'tpu:0' is unknown; use 'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        ({"device": "mps"}, DeviceError, "device 'mps' is not supported"),
+        ({"device": "cpu", "kernels": "cuda"}, DeviceError, "kernels='cuda' cannot run here: the device is a CPU"),
+        ({"device": "cpu", "kernels": "fast"}, DeviceError, "kernels='fast' is unknown"),
+        ({"dtype": "int3"}, DeviceError, "dtype 'int3' is unknown; use 'auto' or one of bfloat16"),
+        ({"max_model_len": 0}, RequestError, "max_model_len=0 must be between 1 and .* 131072"),
+        ({"max_model_len": 200000}, RequestError, "max_model_len=200000 must be between 1 and .* 131072"),
+        ({"max_num_seqs": 0}, RequestError, "max_num_seqs=0 must be at least 1"),
+    ],
+)
+def test_wrong_settings_say_what_is_wrong(arguments: dict, error: type[UserError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LLM(DEMO, **({"device": "cpu", "use_tqdm": False} | arguments))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_asking_for_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(DeviceError, match="device 'cuda' is not available: this PyTorch is built for CPUs|finds no"):
+        LLM(DEMO, device="cuda")
+
+
+def test_a_job_that_does_not_fit_is_refused_with_what_would_fit(llm: LLM) -> None:
+    plan = MemoryPlan(llm.config, torch.bfloat16, free=2**30, weights=0, num_batched_tokens=2048)
+    with pytest.raises(CapacityError, match=r"not enough memory for 64 sequences of 65536 tokens") as caught:
+        plan.check(64, 65536)
+    rows = plan.largest_num_rows(65536, 64)
+    length = plan.largest_max_len(64, 65536)
+    assert f"max_num_seqs={rows} " in str(caught.value) and f"max_model_len={length} " in str(caught.value)
+    plan.check(rows, 65536)
+    plan.check(64, length)
+    for too_much in ((rows + 1, 65536), (64, length + 64)):
+        with pytest.raises(CapacityError):
+            plan.check(*too_much)
+
+
+def test_a_folder_without_tokenizer_takes_token_ids_only(tmp_path: Path) -> None:
+    make_model_folder(tmp_path, rope_factor=8)
+    with LLM(tmp_path, device="cpu", use_tqdm=False) as llm:
+        (output,) = llm.generate([5, 6, 7], GREEDY, use_tqdm=False)
+        assert output.outputs[0].text == "" and output.outputs[0].token_ids
+        for call in (lambda: llm.generate("text", GREEDY), lambda: llm.chat([{"role": "user", "content": "x"}])):
+            with pytest.raises((RequestError, TokenizerError), match=r"no tokenizer\.json: give prompts as token ids"):
+                call()
+        with pytest.raises(RequestError, match="stop strings need a tokenizer"):
+            llm.generate([5], SamplingParams(stop="x"))
