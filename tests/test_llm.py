@@ -234,7 +234,7 @@ def test_wrong_settings_say_what_is_wrong(arguments: dict, error: type[UserError
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_asking_for_a_gpu_that_is_not_there() -> None:
-    with pytest.raises(DeviceError, match="device 'cuda' is not available: this PyTorch is built for CPUs|finds no"):
+    with pytest.raises(DeviceError, match=r"device 'cuda' is not available: this PyTorch is built for CPUs|finds no"):
         LLM(DEMO, device="cuda")
 
 
