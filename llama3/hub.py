@@ -68,13 +68,22 @@ def _download(name: str) -> Path:
     """Fetch what is needed of the hub model `name` into the hub cache, or find it there, and return the folder."""
     # Imported here: a local folder must not even load the client.
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     local = f"or fetch it elsewhere (hf download {name} --local-dir DIR) and give DIR"
+    reached = False
     try:
-        revision = HfApi().model_info(name, timeout=HUB_TIMEOUT_S).sha
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*TEXT_FILES, INDEX_FILE]))
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_weight_files(folder)))
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+        reached = True
+        # First by branch, so that the cache can tell offline which commit "main" was; then by that commit.
+        folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, INDEX_FILE]))
+        return Path(snapshot_download(name, revision=folder.name, allow_patterns=_weight_files(folder)))
     except HFValidationError:
         raise HubError(f"{name}: neither a folder here nor a valid hub name (OWNER/NAME)") from None
     except GatedRepoError:
@@ -87,8 +96,12 @@ def _download(name: str) -> Path:
         raise HubError(f"{name}: the hub answered {_first_line(error)}; try again later, {local}") from None
     except HubError:
         raise
+    except OfflineModeIsEnabled:
+        reason = "HF_HUB_OFFLINE is set"
     except Exception as error:  # connection errors: their types depend on the HTTP library of the hub client's version
         reason = _first_line(error)
+        if reached:
+            raise HubError(f"{name}: the download failed ({reason}); run again to resume it, {local}") from None
     try:
         folder = Path(snapshot_download(name, allow_patterns=TEXT_FILES, local_files_only=True))
     except Exception:

@@ -350,11 +350,12 @@ def test_a_wrong_checkpoint_allocates_nothing(tmp_path: Path, monkeypatch: pytes
     make_model_folder(tmp_path)
     edit_tensors(tmp_path, {KEY: None})
     devices = []
-    monkeypatch.setattr(
-        checkpoint,
-        "empty_weights",
-        lambda config, device, dtype: devices.append(device) or empty_weights(config, "meta", dtype),
-    )
+
+    def note_device(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> ModelWeights:
+        devices.append(device)
+        return empty_weights(config, "meta", dtype)
+
+    monkeypatch.setattr(checkpoint, "empty_weights", note_device)
     with pytest.raises(CheckpointError):
         load(tmp_path)
     assert devices == ["meta"]
