@@ -15,11 +15,12 @@ IDLE = -1
 
 
 class DecodeState:
-    """Rows 0 .. num_rows - 1 of a batch; row r decodes the sequence in cache slot r.
+    """Rows 0 .. num_rows - 1 of a batch.
 
     token_ids: int64 [R], the token to feed next. positions: int32 [R], where it goes; IDLE marks an empty row.
-    last_positions: int32 [R], the last position that may be fed. slots: int32 [R]. stop_ids: int64 [R, S], padded
-    with -1. first_stop_positions: int32 [R], where a stop token may first be drawn.
+    last_positions: int32 [R], the last position that may be fed. slots: int32 [R], the cache slot of the row's
+    sequence. stop_ids: int64 [R, S], padded with -1. first_stop_positions: int32 [R], where a stop token may first
+    be drawn.
     """
 
     def __init__(self, num_rows: int, max_stop_ids: int, device: torch.device) -> None:
@@ -32,9 +33,9 @@ class DecodeState:
         self.stop_ids = torch.full((num_rows, max_stop_ids), -1, dtype=torch.int64, device=device)
         self.sampling = SamplingTensors.allocate(num_rows, device)
 
-    def assign(self, rows: Rows[int], sequences: Rows[Sequence]) -> None:
-        """Give rows to new sequences. They stay idle until `place` gives them a first token."""
-        index = self._to_device(list(rows), torch.int64)
+    def assign(self, sequences: Rows[Sequence]) -> None:
+        """Give their rows to new sequences. They stay idle until `place` gives them a first token."""
+        index = self._to_device([s.row for s in sequences], torch.int64)
         params = [sequence.params for sequence in sequences]
         values: dict[str, list[int] | list[float]] = {
             "temperature": [p.temperature for p in params],
@@ -55,7 +56,24 @@ class DecodeState:
         )
         padded = [sorted(s.stop_ids) + [-1] * (self.max_stop_ids - len(s.stop_ids)) for s in sequences]
         self.stop_ids[index] = self._to_device(padded, torch.int64)
+        self.slots[index] = self._to_device([s.slot for s in sequences], torch.int32)
         self.positions[index] = IDLE
+
+    def close_up(self, old_rows: Rows[int]) -> None:
+        """Move `old_rows` to rows 0, 1, ...; the rows after them go idle."""
+        index = self._to_device(list(old_rows), torch.int64)
+        own = (
+            self.token_ids,
+            self.positions,
+            self.last_positions,
+            self.first_stop_positions,
+            self.slots,
+            self.stop_ids,
+        )
+        sampling = (getattr(self.sampling, name) for name in INTEGER_FIELDS + FLOAT_FIELDS)
+        for array in (*own, *sampling):
+            array[: len(old_rows)] = array[index]
+        self.positions[len(old_rows) :] = IDLE
 
     def release(self, rows: Rows[int]) -> None:
         """Make rows idle, so that steps to come neither read nor write their slots."""

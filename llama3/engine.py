@@ -95,7 +95,7 @@ class Engine:
         """Drop everything that waits or runs; the engine can be used again."""
         self.state.release(range(self.state.num_rows))
         self._pending.clear()
-        self.scheduler = Scheduler(self.scheduler.num_rows, self.max_num_batched_tokens)
+        self.scheduler = Scheduler(self.scheduler.num_places, self.max_num_batched_tokens)
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End a running sequence for a reason that only the caller can see, such as a stop string."""
@@ -103,17 +103,19 @@ class Engine:
         self._free(sequence)
 
     def _prefill(self) -> bool:
+        """Launch the next prefill call. False if there is none."""
         work = self.scheduler.next_prefill()
         if work is None:
             return False
         assert self.cache is not None
-        fresh = [pair for pair in work.placements() if pair[0].num_prefilled == 0]
+        fresh = [s for s in work.placed() if s.num_prefilled == 0]
         if fresh:
-            for _, row in fresh:
-                self.cache.reset(row)
-            self.state.assign([row for _, row in fresh], [sequence for sequence, _ in fresh])
-        starts = self.cache.reserve(work.rows, work.counts)
-        batch = PrefillBatch.build(work.rows, work.counts, starts, self.device)
+            self.state.assign(fresh)
+            for sequence in fresh:
+                self.cache.reset(sequence.slot)
+        slots = [s.slot for s in work.sequences]
+        starts = self.cache.reserve(slots, work.counts)
+        batch = PrefillBatch.build(slots, work.counts, starts, self.device)
         token_ids = [
             token
             for sequence, start, count in zip(work.sequences, starts, work.counts, strict=True)
@@ -128,41 +130,38 @@ class Engine:
     def _draw_first(self, work: PrefillWork, logits: torch.Tensor) -> None:
         """First tokens of the prompts that are complete, and of the other samples of the same prompts."""
         assert self.cache is not None
-        drawn: list[tuple[Sequence, int, int]] = []  # sequence, its row, its row of logits
+        sequences: list[Sequence] = []
+        sources: list[int] = []  # their rows of logits
         for i, leader in enumerate(work.sequences):
             if leader.num_prefilled < len(leader.prompt_ids):
                 continue
-            drawn.append((leader, work.rows[i], i))
-            for follower, row in work.followers[i]:
-                self.cache.copy_slot(work.rows[i], row)
+            for follower in work.followers[i]:
+                self.cache.copy_slot(leader.slot, follower.slot)
                 follower.num_prefilled = len(follower.prompt_ids)
-                drawn.append((follower, row, i))
-        if not drawn:
-            return
-        sequences, rows, sources = (list(column) for column in zip(*drawn, strict=True))
+            complete = [leader, *work.followers[i]]
+            sequences += complete
+            sources += [i] * len(complete)
         for sequence in sequences:
             sequence.num_scheduled = 1
-        self._pending.append(self.runner.draw_first(logits[sources], rows, sequences))
+        if sequences:
+            self._pending.append(self.runner.draw_first(logits[sources], sequences))
 
     def _decode(self) -> bool:
-        """Launch steps for every row that still has tokens to draw. False if there is none."""
+        """Launch steps for every sequence that still has tokens to draw. False if there is none."""
         assert self.cache is not None
-        running = {
-            row: sequence
-            for row, sequence in self.scheduler.running.items()
-            if 0 < sequence.num_scheduled < sequence.max_tokens
-        }
-        if not running:
+        left_rows = self.scheduler.close_up()
+        if left_rows is not None:
+            self.state.close_up(left_rows)
+        sequences = [s for s in self.scheduler.running if 0 < s.num_scheduled < s.max_tokens]
+        if not sequences:
             return False
-        options = StepOptions.of(list(running.values()))
-        one_by_one = options.num_logprobs is not None or self.device.type != "cuda"
-        longest = max(s.max_tokens - s.num_scheduled for s in running.values())
-        num_steps = 1 if one_by_one else min(GRAPH_STEPS, longest)
-        for row, sequence in running.items():
-            count = min(num_steps, sequence.max_tokens - sequence.num_scheduled)
-            self.cache.reserve([row], [count])
+        one_by_one = StepOptions.of(sequences).num_logprobs is not None or self.device.type != "cuda"
+        num_steps = 1 if one_by_one else min(GRAPH_STEPS, max(s.max_tokens - s.num_scheduled for s in sequences))
+        counts = [min(num_steps, s.max_tokens - s.num_scheduled) for s in sequences]
+        self.cache.reserve([s.slot for s in sequences], counts)
+        for sequence, count in zip(sequences, counts, strict=True):
             sequence.num_scheduled += count
-        self._pending.append(self.runner.decode(running, max(running) + 1, num_steps))
+        self._pending.append(self.runner.decode(sequences, num_steps))
         return True
 
     def _collect(self, pending: PendingTokens) -> list[Progress]:
@@ -182,10 +181,6 @@ class Engine:
         return progress
 
     def _free(self, sequence: Sequence) -> None:
-        for row, running in list(self.scheduler.running.items()):
-            if running is sequence:
-                self.scheduler.release(row)
-                self.state.release([row])
-                return
-        if sequence in self.scheduler.waiting:
-            self.scheduler.waiting.remove(sequence)
+        if sequence in self.scheduler.running:
+            self.state.release([sequence.row])
+        self.scheduler.release(sequence)

@@ -93,10 +93,10 @@ class Runner:
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self.state.device)
         return self.model.prefill(ids, batch, self.cache)
 
-    def draw_first(self, logits: torch.Tensor, rows: Items[int], sequences: Items[Sequence]) -> PendingTokens:
+    def draw_first(self, logits: torch.Tensor, sequences: Items[Sequence]) -> PendingTokens:
         """Draw the first token of sequences whose prompts are complete; logits [B, V], one row each."""
         device = self.state.device
-        index = torch.tensor(rows, dtype=torch.int64, device=device)
+        index = torch.tensor([s.row for s in sequences], dtype=torch.int64, device=device)
         positions = torch.tensor([len(s.prompt_ids) for s in sequences], dtype=torch.int32, device=device)
         options = StepOptions.of(sequences)
         sampling = self.state.with_flags(options.all_greedy, options.any_filter).rows(index)
@@ -104,9 +104,10 @@ class Runner:
         self.state.place(index, draw.token_ids, positions)
         return PendingTokens(sequences, range(len(sequences)), draw.token_ids[None], draw)
 
-    def decode(self, running: dict[int, Sequence], num_rows: int, num_steps: int) -> PendingTokens:
-        """Launch `num_steps` decode steps over rows 0 .. num_rows - 1, of which `running` are in use."""
-        options = StepOptions.of(list(running.values()))
+    def decode(self, sequences: Items[Sequence], num_steps: int) -> PendingTokens:
+        """Launch `num_steps` decode steps over the rows up to the last one of `sequences`."""
+        options = StepOptions.of(sequences)
+        num_rows = max(s.row for s in sequences) + 1
         draw = None
         if options.num_logprobs is not None or self.state.device.type != "cuda":
             assert num_steps == 1, "log-probabilities come back one step at a time"
@@ -114,7 +115,7 @@ class Runner:
             tokens = draw.token_ids[None]
         else:
             tokens = self._replay(num_rows, num_steps, options)
-        return PendingTokens(list(running.values()), list(running), tokens, draw)
+        return PendingTokens(sequences, [s.row for s in sequences], tokens, draw)
 
     def _step(self, num_rows: int, options: StepOptions) -> Draw:
         state, rows = self.state, slice(0, num_rows)

@@ -1,6 +1,8 @@
-"""Which sequences run in the next step: a queue, a fixed number of rows, and prefills in groups.
+"""Which sequences run in the next step: a queue, a fixed number of places, and prefills in groups.
 
-Prefilling in groups keeps decode steps full: a row that frees up waits until several have, or until nothing else runs.
+Prefilling in groups keeps decode steps full: a place that frees up waits until several have, or until nothing else
+runs. A place is a cache slot, where the sequence's keys and values lie until it ends, and a row of the decode batch,
+which may change when the batch shrinks.
 """
 
 from collections import deque
@@ -9,32 +11,35 @@ from dataclasses import dataclass, field
 from llama3.sequence import Sequence
 
 REFILL_FRACTION = 8
+# The batch is closed up when this part of its rows is in use and nothing waits: each batch size costs a capture.
+SHRINK_FRACTION = 2
 
 
 @dataclass
 class PrefillWork:
-    """One prefill call: sequence i gets `counts[i]` more prompt tokens in row `rows[i]`.
+    """One prefill call: sequence i gets `counts[i]` more of its prompt's tokens.
 
-    followers[i]: sequences of the same prompt, with their rows, that take over its cache when it is complete.
+    followers[i]: sequences of the same prompt, which take over its cache when it is complete.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
-    followers: list[list[tuple[Sequence, int]]] = field(default_factory=list)
+    followers: list[list[Sequence]] = field(default_factory=list)
 
-    def placements(self) -> list[tuple[Sequence, int]]:
-        """Every sequence in this call with its row, followers included."""
-        return list(zip(self.sequences, self.rows, strict=True)) + [pair for group in self.followers for pair in group]
+    def placed(self) -> list[Sequence]:
+        """Every sequence in this call, followers included."""
+        return self.sequences + [follower for group in self.followers for follower in group]
 
 
 class Scheduler:
-    """Rows and the queue for them. `token_budget` bounds the prompt tokens of one prefill call."""
+    """Places and the queue for them. `token_budget` bounds the prompt tokens of one prefill call."""
 
-    def __init__(self, num_rows: int, token_budget: int) -> None:
-        self.num_rows, self.token_budget = num_rows, token_budget
+    def __init__(self, num_places: int, token_budget: int) -> None:
+        self.num_places, self.token_budget = num_places, token_budget
         self.waiting: deque[Sequence] = deque()
-        self.running: dict[int, Sequence] = {}  # row -> sequence, prompts only partly prefilled included
+        self.running: list[Sequence] = []  # those only partly prefilled included
+        self._free_slots = list(range(num_places))
+        self._free_rows = list(range(num_places))
         self._partial: PrefillWork | None = None
 
     def add(self, sequence: Sequence) -> None:
@@ -44,37 +49,57 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def release(self, row: int) -> None:
-        del self.running[row]
+    def release(self, sequence: Sequence) -> None:
+        """Give a sequence's place back, or take it out of the queue."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._free_slots.append(sequence.slot)
+            self._free_rows.append(sequence.row)
+            self._free_rows.sort()  # the lowest rows first keeps the batch short
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def close_up(self) -> list[int] | None:
+        """If few rows are left in use and nothing waits, move the running sequences to rows 0, 1, ...
+
+        Returns the rows that they leave, in that order, or None if all stay where they are.
+        """
+        num_rows = max((s.row for s in self.running), default=-1) + 1
+        if self.waiting or self._partial is not None or len(self.running) * SHRINK_FRACTION > num_rows:
+            return None
+        self.running.sort(key=lambda s: s.row)
+        old_rows = [sequence.row for sequence in self.running]
+        for row, sequence in enumerate(self.running):
+            sequence.row = row
+        self._free_rows = list(range(len(self.running), self.num_places))
+        return old_rows or None
 
     def next_prefill(self) -> PrefillWork | None:
         """The next prefill call, or None if it is better to decode first."""
         if self._partial is not None:
             work, self._partial = self._partial, None
             return self._cut(work)
-        free = [row for row in range(self.num_rows) if row not in self.running]
+        free = len(self._free_slots)
         if not self.waiting or not free:
             return None
-        # Waiting sequences that would all fit now need not wait for more rows.
-        if self.running and len(free) < min(max(1, self.num_rows // REFILL_FRACTION), len(self.waiting)):
+        # Waiting sequences that would all fit now need not wait for more places.
+        if self.running and free < min(max(1, self.num_places // REFILL_FRACTION), len(self.waiting)):
             return None
         work, tokens = PrefillWork(), 0
-        for row in free:
-            if not self.waiting or tokens >= self.token_budget:
-                break
+        while self.waiting and self._free_slots and tokens < self.token_budget:
             sequence = self.waiting[0]
             leader = work.sequences[-1] if work.sequences else None
             if leader is not None and leader.request == sequence.request:
-                work.followers[-1].append((sequence, row))
+                work.followers[-1].append(sequence)
             elif tokens and tokens + len(sequence.prompt_ids) > self.token_budget:
                 break
             else:
                 work.sequences.append(sequence)
-                work.rows.append(row)
                 work.counts.append(len(sequence.prompt_ids))
                 work.followers.append([])
                 tokens += len(sequence.prompt_ids)
-            self.running[row] = self.waiting.popleft()
+            self.running.append(self.waiting.popleft())
+            sequence.slot, sequence.row = self._free_slots.pop(0), self._free_rows.pop(0)
         return self._cut(work)
 
     def _cut(self, work: PrefillWork) -> PrefillWork:
@@ -82,7 +107,7 @@ class Scheduler:
         remaining = len(work.sequences[0].prompt_ids) - work.sequences[0].num_prefilled
         if remaining > self.token_budget:
             self._partial = work
-            return PrefillWork(work.sequences, work.rows, [self.token_budget], work.followers)
+            return PrefillWork(work.sequences, [self.token_budget], work.followers)
         if len(work.sequences) == 1:
             work.counts = [remaining]
         return work

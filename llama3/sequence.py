@@ -21,7 +21,8 @@ class Sequence:
     request, sample: which prompt of the call, and which of its n answers. rng_request: the request number that the
     noise is keyed by (0 where the request brought a seed of its own, so that its place does not matter).
     max_tokens: what max_tokens and the context leave. num_scheduled: tokens whose drawing has been launched, which
-    may run ahead of output_ids. finish_reason: "stop", "length" or "abort" once it has ended.
+    may run ahead of output_ids. row, slot: its place while it runs. finish_reason: "stop", "length" or "abort" once
+    it has ended.
     """
 
     request: int
@@ -36,6 +37,8 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_prefilled: int = 0
     num_scheduled: int = 0
+    row: int = -1
+    slot: int = -1
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
