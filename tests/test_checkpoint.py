@@ -103,6 +103,31 @@ def test_chunks_of_any_size_through_a_ring_of_any_size(
     assert_holds(load(tmp_path), model, torch.float32)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("chunk_bytes", "ring_size"), [(1, 1), (5000, 3), (1 << 20, 8)])
+def test_pinned_buffers_are_not_refilled_before_their_copy_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, ring_size: int
+):
+    make_model_folder(tmp_path, sharded=True, vocab_size=2000)
+    config = ModelConfig.from_folder(tmp_path)
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(tensor_stream, "RING_SIZE", ring_size)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = load_weights(tmp_path, config, "cuda", dtype, progress=False)
+        for on_gpu, on_cpu in zip(loaded.tensors(), load(tmp_path, dtype).tensors(), strict=True):
+            assert on_gpu.is_cuda and torch.equal(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.gpu
+def test_bad_values_are_found_on_the_gpu(tmp_path: Path):
+    make_model_folder(tmp_path)
+    poisoned(float("nan"), up=(255, 127))(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"NaN or Inf \(as bfloat16\) in 1 tensor: model\.layers\.0\.mlp\.up_proj"
+    ):
+        load_weights(tmp_path, ModelConfig.from_folder(tmp_path), "cuda", torch.bfloat16, progress=False)
+
+
 def test_only_the_files_of_the_index_are_read(tmp_path: Path):
     """A second copy of the weights, Meta's own files and left-over shards lie in many folders."""
     model = make_model_folder(tmp_path, sharded=True)

@@ -32,6 +32,7 @@ def test_reads_what_transformers_saved(tmp_path: Path, schema: int, factor: floa
         tmp_path, schema=schema, rope_factor=factor, tie_word_embeddings=tied, dtype=torch.bfloat16, eos_token_id=[5, 7]
     )
     config, theirs = ModelConfig.from_folder(tmp_path), model.config
+    assert theirs.num_key_value_heads and theirs.head_dim
     assert ("rope_scaling" in read_json(tmp_path / "config.json")) == (schema == 4)
     assert config == ModelConfig(
         num_layers=theirs.num_hidden_layers,
@@ -43,7 +44,7 @@ def test_reads_what_transformers_saved(tmp_path: Path, schema: int, factor: floa
         vocab_size=theirs.vocab_size,
         max_position_embeddings=theirs.max_position_embeddings,
         rms_norm_eps=theirs.rms_norm_eps,
-        rope_theta=theirs.rope_parameters["rope_theta"],
+        rope_theta=500000.0,
         rope_scaling=None if factor is None else RopeScaling(factor, 1.0, 4.0, 8192),
         tie_word_embeddings=tied,
         dtype=torch.bfloat16,
