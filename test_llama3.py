@@ -20,9 +20,9 @@ from llama3.cli import (
 )
 
 DEFAULT_PROMPTS = [
-    "def read_lines(path):\n",
-    "class Stack:\n    def __init__(self):\n",
-    "import os\nimport sys\n\n",
+    "def read_lines(path, encoding='utf-8'):\n",
+    'class Stack:\n    """A last-in, first-out list."""\n\n',
+    "def parse_args(argv):\n",
 ]
 
 
@@ -32,7 +32,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add_model_arguments(parser)
     parser.add_argument("--prompt", action="append", help="text to complete; repeat for several")
-    add_sampling_arguments(parser, max_gen_len=128, temperature=0.6, top_p=0.9)
+    add_sampling_arguments(parser, max_gen_len=128, temperature=0.8, top_p=0.95)
     return parser.parse_args(dashed_aliases(argv))
 
 

@@ -1,12 +1,10 @@
-"""Shared set-up: tests that need a GPU are skipped where there is none, and torch keeps to the cores that there are."""
-
-import os
+"""Shared set-up: tests that need a GPU are skipped where there is none, and torch keeps to one thread."""
 
 import pytest
 import torch
 
-# Two cores share one test process well; more threads than cores make small matrix products slower.
-torch.set_num_threads(min(os.cpu_count() or 1, 4))
+# One thread: matrices this small gain nothing from more, and lose much where other processes want the cores.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
