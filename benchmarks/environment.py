@@ -1,0 +1,82 @@
+"""Where a run takes place: versions, GPU, clocks, memory."""
+
+import hashlib
+import os
+import platform
+import resource
+import shutil
+import subprocess
+from typing import Any
+
+import torch
+
+CLOCK_FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
+
+
+def describe() -> dict[str, Any]:
+    """Versions and hardware; nothing that names the machine but a hash that tells two GPUs apart."""
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cpu_cores": os.cpu_count(),
+        "device": device_name(),
+    }
+    gpu = query_gpu("driver_version", "memory.total", "uuid")
+    if gpu:
+        driver, memory, uuid = gpu
+        facts |= {"driver": driver, "gpu_memory": memory, "gpu_id": hashlib.sha256(uuid.encode()).hexdigest()[:12]}
+    return facts
+
+
+def device_name() -> str:
+    """The GPU's name without touching it, so that no memory of it is taken; "CPU" where there is none."""
+    found = query_gpu("name")
+    return found[0] if found else "CPU"
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks, temperature, power and throttle reasons now; empty where there is no GPU."""
+    return dict(zip(CLOCK_FIELDS, query_gpu(*CLOCK_FIELDS), strict=False))
+
+
+def query_gpu(*fields: str) -> list[str]:
+    """nvidia-smi's values for the first visible GPU; an empty list where it cannot say."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "":  # hidden from CUDA
+        return []
+    command = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    command += [f"--id={visible.split(',')[0]}"] if visible else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if done.returncode != 0 or not done.stdout.strip():
+        return []
+    return [value.strip() for value in done.stdout.splitlines()[0].split(",")]
+
+
+def device_memory_used() -> tuple[int, str]:
+    """MiB in use on the GPU by all processes: for engines that allocate in a process of their own."""
+    found = query_gpu("memory.used")
+    return (int(found[0].split()[0]), "used on the GPU") if found else (0, "unknown")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_torch_memory(device: torch.device) -> tuple[int, str]:
+    """Peak MiB: of this process's tensors on a GPU, or of the process itself on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20, "allocated on the GPU by PyTorch"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10, "resident on the host"
