@@ -16,13 +16,36 @@ struct Attention {
     static constexpr int kScores = GP > 4 ? GP / 4 : 1;  // scores a lane holds after summing
     static constexpr float kNoScore = -1e30f;      // the maximum of nothing, finite so that differences are
 
-    float q[GP * 8], out[GP * 8] = {};  // [head][element of this lane's column]
+    // With 8 heads, q and out together are too many registers: q then stays in shared memory.
+    static constexpr bool kHoldsQ = GP <= 4;
+
+    float q[kHoldsQ ? GP * 8 : 8], out[GP * 8] = {};  // [head][element of this lane's column]
+    const float* shared_q;
     float maximum[kScores], sum[kScores];
     int lane, column, member;  // this lane's 16-byte column of a row, and its token among those of one load
 
-    __device__ explicit Attention(int lane) : lane(lane), column(lane % kLanes), member(lane / kLanes) {
+    // `heads` is how many of the GP heads exist; the others' q must read as 0.
+    __device__ Attention(int lane, const float* shared_q, int heads)
+        : shared_q(shared_q), lane(lane), column(lane % kLanes), member(lane / kLanes) {
 #pragma unroll
         for (int i = 0; i < kScores; ++i) maximum[i] = kNoScore, sum[i] = 0.f;
+        if constexpr (kHoldsQ) {
+#pragma unroll
+            for (int g = 0; g < GP; ++g) {
+                if (g < heads) {
+                    load_q(g, q + g * 8);
+                } else {
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) q[g * 8 + e] = 0.f;
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void load_q(int g, float* to) const {
+        const float4* from = reinterpret_cast<const float4*>(shared_q + g * D + column * 8);
+        const float4 a = from[0], b = from[1];
+        to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
     }
 
     __device__ static int head_lane(int g) { return g * 4 / GP; }  // bits 0-1 of the lanes that hold head g
@@ -31,14 +54,14 @@ struct Attention {
     __device__ __forceinline__ void update(const uint4 (&k)[kLoads], uint4 (&v)[kLoads], int count) {
         float scores[kLoads * GP];
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-            float f[8];
-            unpack(k[i], f);
+        for (int g = 0; g < GP; ++g) {
+            if constexpr (!kHoldsQ) load_q(g, q);
 #pragma unroll
-            for (int g = 0; g < GP; ++g) {
-                float dot = 0.f;
+            for (int i = 0; i < kLoads; ++i) {
+                float f[8], dot = 0.f;
+                unpack(k[i], f);
 #pragma unroll
-                for (int e = 0; e < 8; ++e) dot = fmaf(q[g * 8 + e], f[e], dot);
+                for (int e = 0; e < 8; ++e) dot = fmaf(q[(kHoldsQ ? g * 8 : 0) + e], f[e], dot);
                 scores[i * GP + g] = dot;
             }
         }
@@ -125,12 +148,26 @@ struct Attention {
 template <int D>
 __device__ __forceinline__ void stage_head(const Params& p, const Step& step, uint32_t use, const uint32_t* source,
                                            float* q, bf16* kv, bool rotate, int lane) {
+    constexpr int kWords = D / 32;  // elements lane, lane + 32, ...: the first half rotates with the second
+    uint32_t word[kWords];
 #pragma unroll
-    for (int i = 0; i < D / 64; ++i) {
+    for (int i = 0; i < kWords; ++i) word[i] = load_volatile(source + lane + i * 32);
+    Watchdog watchdog;
+    for (;;) {
+        uint32_t stale = 0;
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) stale |= word[i] ^ use;
+        if (__all_sync(0xffffffffu, (stale & 3u) == 0)) break;
+        watchdog.check();
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) word[i] = load_volatile(source + lane + i * 32);
+    }
+#pragma unroll
+    for (int i = 0; i < kWords / 2; ++i) {
         const int d = lane + i * 32;
         const int64_t angle = static_cast<int64_t>(step.position) * (D / 2) + d;
         const float c = rotate ? __ldg(p.cos + angle) : 1.f, s = rotate ? __ldg(p.sin + angle) : 0.f;
-        const float a = await(source + d, use), b = await(source + d + D / 2, use);
+        const float a = untag(word[i]), b = untag(word[i + kWords / 2]);
         const float low = a * c - b * s, high = b * c + a * s;
         if (q != nullptr) {
             q[d] = low * p.softmax_scale_log2;
@@ -219,11 +256,14 @@ __device__ __forceinline__ void merge(const Params& p, const AttentionWork& work
 
 template <int D, int GP>
 __device__ __forceinline__ void attention(const Params& p, const Step& step, int layer, int warp, int lane, RingReader& ring,
-                                          const AttentionScratch& scratch, SharedState& shared) {
+                                          unsigned char* memory, SharedState& shared) {
     const AttentionWork work = attention_of_block(p, step.position, layer, blockIdx.x, gridDim.x);
     if (work.head < 0) return;
+    // Pinned: addresses derived from the lane are not worth registers that stay taken between layers.
+    lane = pinned(lane);
+    const AttentionScratch scratch = attention_scratch<D, GP>(memory);
     const uint32_t use = step.first_use + layer;
-    const int group = p.num_heads / p.num_kv_heads;
+    const int group = p.num_heads / p.num_kv_heads;  // below GP: the last heads of the scratch are never written, nor used
     const bool has_new = work.split == 0;
 
     PROFILE_BEGIN(q_began);
@@ -239,11 +279,7 @@ __device__ __forceinline__ void attention(const Params& p, const Step& step, int
     PROFILE_END(shared, 15, q_began);
 
     PROFILE_BEGIN(tiles_began);
-    Attention<D, GP> state(lane);
-#pragma unroll
-    for (int g = 0; g < GP; ++g)
-#pragma unroll
-        for (int e = 0; e < 8; ++e) state.q[g * 8 + e] = g < group ? scratch.q[g * D + state.column * 8 + e] : 0.f;
+    Attention<D, GP> state(lane, scratch.q, group);
 
     constexpr int kLoads = Attention<D, GP>::kLoads, kPerLoad = Attention<D, GP>::kPerLoad;
     if (has_new && warp == 0) {

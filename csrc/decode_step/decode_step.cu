@@ -84,7 +84,7 @@ __device__ __forceinline__ GemvInput input_of(const Params& p, const LayerPointe
 
 template <int D, int GP>
 __device__ __forceinline__ void run_math(const Params& p, int position, uint32_t steps_done, const LayerPointers* layers, RingReader ring,
-                                         const AttentionScratch& scratch, int warp, int lane, SharedState& shared) {
+                                         unsigned char* scratch, int warp, int lane, SharedState& shared) {
     uint32_t batch_count = 0;
     for (int index = 0; index < p.num_steps; ++index) {
         const Step step = make_step(p, position, steps_done, index);
@@ -99,7 +99,7 @@ __device__ __forceinline__ void run_math(const Params& p, int position, uint32_t
             switch (linear.units) {
 #define GEMV(U) \
     case U: gemv<U>(linear, op, in, rows, warp, lane, ring, batch_count, shared); break;
-                GEMV(1) GEMV(2) GEMV(3) GEMV(4) GEMV(5) GEMV(6) GEMV(7) GEMV(8)
+                GEMV(1) GEMV(2) GEMV(3) GEMV(4) GEMV(7)  // kUnitChoices
 #undef GEMV
             }
         }
@@ -114,7 +114,6 @@ __global__ void __launch_bounds__(kThreads, 1) decode_step_kernel(const __grid_c
     extern __shared__ __align__(128) unsigned char memory[];
     SharedState& shared = *reinterpret_cast<SharedState*>(memory);
     unsigned char* after = memory + align_up(sizeof(SharedState));
-    const AttentionScratch scratch = attention_scratch<D, GP>(after);
     LayerPointers* layers = reinterpret_cast<LayerPointers*>(after + attention_scratch_bytes(D, GP));
     unsigned char* ring = reinterpret_cast<unsigned char*>(layers) + align_up(p.num_layers * sizeof(LayerPointers));
 
@@ -138,16 +137,16 @@ __global__ void __launch_bounds__(kThreads, 1) decode_step_kernel(const __grid_c
         reinterpret_cast<uint64_t*>(layers)[i] = reinterpret_cast<const uint64_t*>(p.layers)[i];
     __syncthreads();
 
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = pinned(threadIdx.x % 32);
     const uint32_t full = common::shared_address(shared.ring.full), empty = common::shared_address(shared.ring.empty);
     const uint32_t size = p.ring_bytes;
     PROFILE_BEGIN(kernel_began);
-    // Registers move from the helpers' warp group to the math warps' two.
+    // Registers move from the helpers' warp group to the math warps' two: 128 * 88 + 256 * 208 = 384 * 168.
     if (warp < kMathWarps) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
-        run_math<D, GP>(p, position, steps_done, layers, RingReader{common::shared_address(ring), full, empty, size}, scratch, warp, lane, shared);
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+        run_math<D, GP>(p, position, steps_done, layers, RingReader{common::shared_address(ring), full, empty, size}, after, warp, lane, shared);
     } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
         if (warp == kEpilogueWarp) run_epilogue(p, position, steps_done, lane, shared);
         if (warp == kLoaderWarp && lane == 0)
             run_loader<D>(p, position, steps_done, layers, RingLoader{common::shared_address(ring), full, empty, size, shared.ring.began});
@@ -160,27 +159,34 @@ __global__ void __launch_bounds__(kThreads, 1) decode_step_kernel(const __grid_c
 #endif
 }
 
+// Query heads of one kv head, padded to what kernels are built for.
+static int padded_group(const int group) { return group > 4 ? 8 : group > 2 ? 4 : group; }
+
 int fixed_smem_bytes(int num_layers, int head_dim, int group) {
-    const int padded = group > 4 ? 8 : group > 2 ? 4 : group;
-    return align_up(sizeof(SharedState)) + attention_scratch_bytes(head_dim, padded) + align_up(num_layers * sizeof(LayerPointers));
+    return align_up(sizeof(SharedState)) + attention_scratch_bytes(head_dim, padded_group(group)) +
+           align_up(num_layers * sizeof(LayerPointers));
 }
 
-void launch(const Params& params, int head_dim, int grid, int smem_bytes, void* stream) {
-    const int group = params.num_heads / params.num_kv_heads;
-    const auto kernel = [&]() -> const void* {
-        const int padded = group > 4 ? 8 : group > 2 ? 4 : group;
+static const void* kernel_for(int head_dim, int group) {
+    const int padded = padded_group(group);
 #define KERNEL(D, GP) \
     if (head_dim == D && padded == GP) return reinterpret_cast<const void*>(decode_step_kernel<D, GP>);
-        KERNEL(64, 4) KERNEL(128, 4)
+    KERNEL(64, 4) KERNEL(128, 4)
 #ifndef DECODE_STEP_FEW
-        KERNEL(64, 1) KERNEL(64, 2) KERNEL(64, 8) KERNEL(128, 1) KERNEL(128, 2) KERNEL(128, 8)
+    KERNEL(64, 1) KERNEL(64, 2) KERNEL(128, 1) KERNEL(128, 2)
 #endif
 #undef KERNEL
-        throw std::runtime_error("decode_step: no kernel for head_dim " + std::to_string(head_dim) + ", group " + std::to_string(group));
-    }();
+    throw std::runtime_error("decode_step: no kernel for head_dim " + std::to_string(head_dim) + ", group " + std::to_string(group));
+}
+
+void launch(Params params, int head_dim, int grid, int max_smem_bytes, void* stream) {
+    const int group = params.num_heads / params.num_kv_heads;
+    const int available = max_smem_bytes - fixed_smem_bytes(params.num_layers, head_dim, group);
+    params.ring_bytes = params.ring_bytes > 0 && params.ring_bytes < available ? params.ring_bytes : available / 128 * 128;
+    const void* kernel = kernel_for(head_dim, group);
+    const int smem_bytes = max_smem_bytes - available + params.ring_bytes;
     CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
-    Params copy = params;
-    void* arguments[] = {&copy};
+    void* arguments[] = {&params};
     CHECK_CUDA(cudaLaunchCooperativeKernel(kernel, dim3(grid), dim3(kThreads), arguments, smem_bytes, static_cast<cudaStream_t>(stream)));
 }
 

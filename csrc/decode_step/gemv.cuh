@@ -4,6 +4,12 @@
 
 namespace decode_step {
 
+// Keeps a value in a register: the compiler may not fetch it again from where it came.
+__device__ __forceinline__ int pinned(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 struct GemvInput {
     const uint32_t* words;  // x as tagged words of use `use`, or null:
     uint32_t use;
@@ -76,7 +82,8 @@ __device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInp
     constexpr int kRows = rows_per_warp(U), kChunks = kBatchRows / kRows;
     constexpr int kSums = kRows >= 4 ? 1 : 4 / kRows;  // independent sums a row, so that four multiply-adds overlap
     const int slice = warp % linear.k_slices, group = warp / linear.k_slices;
-    const uint32_t row_bytes = linear.k * 2, chunk_bytes = linear.chunk_rows * row_bytes;
+    const int chunk_rows = pinned(linear.chunk_rows);
+    const uint32_t row_bytes = pinned(linear.k * 2), chunk_bytes = chunk_rows * row_bytes;
     const uint32_t lane_offset = group * kRows * row_bytes + slice * U * (kUnit * 2) + lane * 16;
 
     PROFILE_BEGIN(op_began);
@@ -84,11 +91,11 @@ __device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInp
     float sum_squares = load_input<U>(in, slice, lane, x);
     PROFILE_END(shared, op, op_began);
     bool first = true;
-    for (int row = 0; row < num_rows; row += kChunks * linear.chunk_rows) {
+    for (int row = 0; row < num_rows; row += kChunks * chunk_rows) {
         float acc[kBatchRows];
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
-            if (row + c * linear.chunk_rows < num_rows) {
+            if (row + c * chunk_rows < num_rows) {
                 PROFILE_BEGIN(wait_began);
                 const uint32_t chunk = ring.acquire(chunk_bytes) + lane_offset;
                 PROFILE_END(shared, 5 + op, wait_began);

@@ -19,12 +19,12 @@ constexpr int kThreads = (kMathWarps + 4) * 32;  // two warps idle: registers mo
 
 constexpr int kTileTokens = 64;   // one cache block of one head is one tile
 constexpr int kUnit = 256;        // columns that a warp reads of a row with one 16-byte load a lane
-constexpr int kMaxUnits = 8;      // units of a row that one warp may own: its slice of x lives in registers
+constexpr int kUnitChoices[] = {1, 2, 3, 4, 7};  // units of a row that one warp may own: its slice of x is in registers
 constexpr int kBatchRows = 16;    // rows that a warp sums across its lanes at once
 constexpr int kBatchBuffers = 4;  // batches of partial rows in flight between math warps and epilogue
 constexpr int kRingSlots = 32;    // chunks in flight at most
 constexpr int kMaxSplits = 16;    // context splits of one kv head
-constexpr int kMaxGroup = 8;      // query heads of one kv head
+constexpr int kMaxGroup = 4;      // query heads of one kv head
 
 enum Op { kQkv = 0, kO = 1, kGateUp = 2, kDown = 3, kHead = 4, kNumOps = 5 };
 
@@ -110,12 +110,23 @@ __host__ __device__ inline AttentionWork attention_of_block(const Params& p, int
             static_cast<int>(static_cast<int64_t>(split + 1) * tiles / splits)};
 }
 
-struct LaunchShape {
-    int grid, smem_bytes;
-};
+// How the columns of a row of length k are dealt to warps; units 0 if that cannot be done.
+inline Linear make_linear(int rows, int k, int row_unit) {
+    Linear linear{rows, k, row_unit, 0, 0, 0};
+    if (k % kUnit != 0) return linear;
+    for (int slices = kMathWarps; slices > 0 && linear.units == 0; slices /= 2)
+        for (int units : kUnitChoices)
+            if (units * slices * kUnit == k) {
+                linear.units = units;
+                linear.k_slices = slices;
+                linear.chunk_rows = rows_per_warp(units) * (kMathWarps / slices);
+            }
+    return linear;
+}
 
-// Launches params.num_steps steps on `stream`; throws std::runtime_error on a CUDA error.
-void launch(const Params& params, int head_dim, int grid, int smem_bytes, void* stream);
+// Launches params.num_steps steps on `stream` with all the shared memory that a block may have; throws
+// std::runtime_error on a CUDA error.
+void launch(Params params, int head_dim, int grid, int max_smem_bytes, void* stream);
 // Shared memory of one block besides the ring.
 int fixed_smem_bytes(int num_layers, int head_dim, int group);
 
