@@ -1,0 +1,4 @@
+#include "sampling/instances.cuh"
+#include "sampling/kernel.cuh"
+
+SAMPLING_INSTANCES(__nv_bfloat16)

@@ -1,0 +1,4 @@
+#include "sampling/instances.cuh"
+#include "sampling/kernel.cuh"
+
+SAMPLING_INSTANCES(float)
