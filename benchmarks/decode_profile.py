@@ -49,7 +49,7 @@ def profile_decode(
             with traced_ops(llm):
                 return result | _host_times(_trace(llm, prompts, sampling, case.output_len, trace_path), case)
         trace = _trace(llm, prompts, sampling, case.output_len, trace_path)
-        return result | _gpu_times(trace, _template(llm, sampling, prompts))
+        return result | gpu_times(trace, _template(llm, sampling, prompts))
 
 
 def _generate(llm: LLM, prompts: list[list[int]], sampling: Sampling, output_len: int, **extra: Any) -> float:
@@ -93,7 +93,8 @@ def steady_window(steps: Sequence[Span]) -> tuple[float, float]:
     return inner[0].start, inner[-1].end
 
 
-def _gpu_times(trace: Trace, template: list[tuple[str, str]]) -> dict[str, Any]:
+def gpu_times(trace: Trace, template: list[tuple[str, str]]) -> dict[str, Any]:
+    """Idle time, host waits, and time per op and per kernel in the steady part of a trace."""
     start, end = steady_window(trace.named(STEP))
     window = trace.window(start, end)
     per_kernel: dict[str, list[float]] = defaultdict(list)

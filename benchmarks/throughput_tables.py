@@ -9,10 +9,13 @@ from benchmarks.text_table import markdown_table, number
 BATCHED_TITLE, SINGLE_TITLE = "Batched inference", "Single user inference"
 
 
-def throughput_tables(record: Record, heading: str = "###") -> str:
-    """Tokens a second of each engine, prefill included; a family with several modes shows its fastest."""
+def throughput_tables(record: Record, heading: str = "###", only: str | None = None) -> str:
+    """Tokens a second of each engine, prefill included; a family with several modes shows its fastest.
+
+    only: the name of one way of sampling, in place of all.
+    """
     parts = []
-    for sampling in record.samplings():
+    for sampling in record.samplings() if only is None else [only]:
         for title, batched in ((BATCHED_TITLE, True), (SINGLE_TITLE, False)):
             cases = [case for case in record.cases() if (case.batch_size > 1) == batched]
             if cases:

@@ -1,0 +1,150 @@
+"""The script end to end on a CPU: this engine and transformers on a tiny model, its flags, and its errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import benchmark_model
+from benchmarks.cases import SAMPLINGS, SUITES, Case
+from benchmarks.record import Record
+from benchmarks.run import execute
+from llama3.errors import ConfigError, RequestError, UserError
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--shape", "tiny", "--device", "cpu"]
+
+
+def parse(*flags: str):
+    return benchmark_model.parse_args([*flags])
+
+
+def test_the_missions_flags_with_underscores_and_dashes():
+    flags = ["--model_name", "m", "--max_gen_batch_size=4", "--max_gen_len", "7", "--input_len=9", "--random_seed=5"]
+    for spelling in (flags, [flag.replace("_", "-") for flag in flags]):
+        args = parse(*spelling)
+        assert args.model_name == "m" and args.random_seed == 5
+        assert args.cases == (Case(4, 9, 7),) and args.sampling_list == (SAMPLINGS["mission"],)
+        assert [mode.name for mode in args.modes] == ["ours"] and args.is_single
+
+
+def test_engines_suites_and_ways_of_sampling():
+    assert [m.name for m in parse("--use_vllm_impl").modes] == ["vllm-default", "vllm-inprocess"]
+    assert [m.name for m in parse("--use_hf_impl").modes] == ["hf-eager"]
+    names = [m.name for m in parse("--engines", "ours, vllm,hf,hf-static,vllm-default").modes]
+    assert names == ["ours", "vllm-default", "vllm-inprocess", "hf-eager", "hf-static"]
+    seed, profile = parse("--suite", "seed"), parse("--suite", "profile")
+    assert seed.cases == SUITES["seed"] and len(seed.cases) == 8 and len(seed.sampling_list) == 2
+    assert [(c.input_len, c.output_len) for c in profile.cases] == [
+        (128, 512), (128, 1024), (128, 1536), (512, 512), (512, 1024), (512, 1536),
+    ]  # fmt: skip
+    assert profile.sampling_list == (SAMPLINGS["greedy"],)
+    assert parse("--suite", "seed", "--sampling", "mission").sampling_list == (SAMPLINGS["mission"],)
+    assert parse("--vllm_options", '{"max_num_seqs": 8}').vllm_options == {"max_num_seqs": 8}
+
+
+def test_scenarios_come_as_json_or_from_a_file(tmp_path):
+    text = '[[1, 2, 3], {"batch_size": 4, "input_len": 5, "output_len": 6}]'
+    (tmp_path / "cases.json").write_text(text)
+    for value in (text, str(tmp_path / "cases.json")):
+        assert parse("--scenarios", value).cases == (Case(1, 2, 3), Case(4, 5, 6))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--scenarios", "nonsense"], "neither a file nor JSON"),
+        (["--scenarios", "[[1, 2]]"], "a case is"),
+        (["--scenarios", "[]"], "at least one case"),
+        (["--suite", "seed", "--scenarios", "[[1,2,3]]"], "give one of them"),
+        (["--engines", "ours,theirs"], "names 'theirs'"),
+        (["--engines", "ours", "--use_hf_impl"], "give one of them"),
+        (["--max_gen_len", "0"], "output_len 0"),
+        (["--repeats", "0"], "at least 1"),
+        (["--append"], "--json"),
+        (["--startup", "--profile", "t.json"], "one after the other"),
+    ],
+)
+def test_flags_that_make_no_sense_are_named(flags, message):
+    with pytest.raises(RequestError, match=message):
+        parse(*flags)
+
+
+def test_a_model_or_a_case_that_cannot_be_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(UserError):
+        execute(parse("--model_name", str(tmp_path / "missing")))
+    with pytest.raises(RequestError, match="needs 140000 positions"):
+        execute(parse(*TINY, "--input_len", "139999", "--max_gen_len", "1"))
+
+
+def test_this_engine_and_transformers_side_by_side(tmp_path, capsys):
+    json_path, csv_path = tmp_path / "out" / "r.json", tmp_path / "out" / "r.csv"
+    flags = [*TINY, "--scenarios", "[[2, 16, 8], [1, 32, 4]]", "--sampling", "both", "--repeats", "2"]
+    flags += ["--read_bandwidth", "2e10", "--matrix_peak", "1e12", "--json", str(json_path)]
+    execute(parse(*flags, "--engines", "ours", "--csv", str(csv_path)))
+    record = execute(parse(*flags, "--engines", "hf", "--append"))
+    printed = capsys.readouterr().out
+    assert "| batch x in/out | decode reads GB | decode floor tok/s |" in printed
+    assert "| 2          | 16, 8               | " in printed and "Custom / HF" in printed
+    assert len(csv_path.read_text().splitlines()) == 1 + 4
+    assert Record.load(json_path) == record and len(record.measurements) == 8
+    for m in record.measurements:
+        assert m.error is None and len(m.timing.total) == 2
+        assert m.metrics.ttft > 0 and m.metrics.throughput > 0 and m.peak_memory[0] > 0
+    engines = record.engines
+    assert engines["ours"]["kernels"].startswith("reference ops") and engines["hf-eager"]["dtype"] == "bfloat16"
+    with pytest.raises(ConfigError, match=r"holds tiny in torch\.bfloat16"):
+        execute(parse(*TINY, "--dtype", "float32", "--json", str(json_path), "--append"))
+
+
+def test_the_script_prints_the_block_and_fails_where_every_engine_fails(tmp_path):
+    def script(*flags: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "benchmark_model.py"), *flags]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+
+    done = script(*TINY, "--max-gen-len=4", "--input-len=8", "--repeats=1", "--engines=ours,vllm-default")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:12] == [
+        "Benchmarking custom llama3 model inference implementation:",
+        "==================================",
+        "model name: tiny",
+        "batch size: 1",
+        "max output tokens: 4",
+        "input tokens: 8",
+        "max model sequence length: 12",
+        "==================================",
+        "using device: cpu",
+        "compiling the model...",
+        "model warmup...",
+        "running inference...",
+    ]
+    assert lines[12].startswith("duration: ") and " Seconds | throughput: " in lines[12]
+    assert lines[13].startswith("peak memory consumption: ") and lines[13].endswith(" MiB")
+    if "failed: " in done.stdout:  # vLLM is not installed: said, and the rest has run
+        assert "failed: the engine did not start: ModuleNotFoundError: No module named 'vllm'" in lines[-1]
+    wrong = script("--model_name", "missing/folder/here")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and len(wrong.stderr.splitlines()) == 1
+
+
+def test_a_profile_on_a_cpu(tmp_path, capsys):
+    trace, json_path = tmp_path / "new" / "trace.json.gz", tmp_path / "p.json"
+    flags = [*TINY, "--json", str(json_path)]
+    record = execute(parse(*flags, "--input_len", "8", "--max_gen_len", "64", "--profile", str(trace)))
+    printed = capsys.readouterr().out
+    assert trace.stat().st_size > 1000 and f"trace: {trace}" in printed
+    found = record.profiles[0]
+    assert found["steps"] > 40
+    calls = {row["name"]: row["calls"] / found["steps"] for row in found["ops"]}
+    assert calls == {"embed": 1, "qkv": 2, "attention": 2, "o": 2, "gate-up": 2, "down": 2, "head": 1, "sample": 1}
+    assert json.loads(json_path.read_text())["profiles"] == record.profiles
+
+
+def test_startup_from_a_checkpoint(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("benchmarks.run.CHECKPOINTS", tmp_path / "checkpoints")
+    record = execute(parse(*TINY, "--startup", "--repeats", "1"))
+    assert "ours: first token " in capsys.readouterr().out
+    assert 0 < record.startup["ours"]["median"] < 60
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["tiny-bfloat16"]

@@ -1,0 +1,219 @@
+"""Worker processes and the run around them, with an engine that fails on request."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import record as record_module
+from benchmarks import worker_client
+from benchmarks.budget import TimeBudget
+from benchmarks.cases import SAMPLINGS, Case
+from benchmarks.engines import EngineMode, LoadSpec
+from benchmarks.measure import Plan, measure_case, warm_up
+from benchmarks.protocol import fresh_prompts
+from benchmarks.record import Record
+from benchmarks.session import Session
+from benchmarks.startup import measure_startup
+from benchmarks.target import Target
+from benchmarks.worker import Worker
+from benchmarks.worker_client import EngineFailed, WorkerClient, WorkerDied
+from tests.benchmark_records import make_record
+
+FAKE = EngineMode("fake", "Fake", "ours", "tests.fake_engine:FakeEngine")
+GREEDY, MISSION = SAMPLINGS["greedy"], SAMPLINGS["mission"]
+CASE = Case(2, 8, 16)
+SMALL, LARGE = Case(1, 4, 8), Case(2, 4, 8)
+
+
+class InProcessClient(WorkerClient):
+    """A client whose worker needs no process: for tests of what happens around it."""
+
+    def __init__(self, mode):
+        self.mode, self._worker, self.started_at = mode, Worker(mode.target), time.perf_counter()
+
+    def _ask(self, message, expected):
+        try:
+            return json.loads(json.dumps(self._worker.answer(json.loads(json.dumps(message)))))
+        except Exception as error:
+            raise EngineFailed(f"{type(error).__name__}: {error}") from error
+
+    def close(self):
+        self._worker.close()
+
+
+@pytest.fixture
+def spec(tmp_path) -> LoadSpec:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 50}))
+    return LoadSpec("fake model", str(tmp_path), True, max_model_len=64, max_batch_size=8)
+
+
+def test_a_worker_answers_each_command(spec, tmp_path):
+    with WorkerClient(FAKE, timeout=60, log=tmp_path / "log") as worker:
+        ready = worker.load(spec)
+        assert ready["details"]["loaded"] == "fake model" and ready["seconds"] > 0 and ready["full_warmup"] is False
+        assert worker.prepare(CASE)["details"]["prepared"] == "2 x 8/16"
+        assert 0 < worker.run(CASE, 16, GREEDY, "seed") < 1
+        assert worker.memory() == (123, "made up")
+        tables = worker.profile(CASE, GREEDY, "seed", tmp_path / "trace.json")
+        assert tables == {"prompts": fresh_prompts(CASE, 50, "seed"), "trace_path": str(tmp_path / "trace.json")}
+    assert "a line on stdout that is no answer" in (tmp_path / "log").read_text()
+
+
+def test_an_error_is_an_answer_and_the_worker_lives(spec, tmp_path):
+    with WorkerClient(FAKE, timeout=60, log=tmp_path / "log") as worker:
+        worker.load(replace(spec, options={"fail_batch": 2, "short": 1}))
+        with pytest.raises(EngineFailed, match=r"^MemoryError: out of memory$"):
+            worker.run(CASE, 16, GREEDY, "a")
+        with pytest.raises(EngineFailed, match="WrongTokenCount: 47 tokens were generated, not 3 x 16"):
+            worker.run(Case(3, 8, 16), 16, GREEDY, "b")
+    assert "Traceback" in (tmp_path / "log").read_text()
+
+
+def test_a_worker_that_ends_or_hangs_is_given_up(spec):
+    with WorkerClient(FAKE, timeout=60) as worker:
+        worker.load(replace(spec, options={"die_batch": 2}))
+        with pytest.raises(WorkerDied, match=r"fake: the worker ended \(exit code 7\)"):
+            worker.run(CASE, 16, GREEDY, "a")
+    with WorkerClient(FAKE, timeout=5) as worker:
+        worker.load(replace(spec, options={"hang_batch": 2}))
+        worker._timeout = 0.2
+        with pytest.raises(WorkerDied, match=r"no answer within 0\.2 s"):
+            worker.run(CASE, 16, GREEDY, "a")
+
+
+def test_an_engine_that_is_not_installed_says_so(spec):
+    worker = InProcessClient(replace(FAKE, target="no_such_engine:Engine"))
+    with pytest.raises(EngineFailed, match="ModuleNotFoundError: No module named 'no_such_engine'"):
+        worker.load(spec)
+
+
+def test_interrupting_does_not_wait_for_the_engine(spec):
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), WorkerClient(FAKE, timeout=60):
+        raise KeyboardInterrupt
+    assert time.monotonic() - start < worker_client.QUIT_SECONDS / 2
+
+
+def test_prompts_are_fresh_and_the_same_for_every_engine():
+    one = fresh_prompts(Case(3, 5, 1), 100, "0/a")
+    assert [len(prompt) for prompt in one] == [5, 5, 5] and all(0 <= t < 100 for prompt in one for t in prompt)
+    assert one == fresh_prompts(Case(3, 5, 1), 100, "0/a") != fresh_prompts(Case(3, 5, 1), 100, "0/b")
+    assert max(t for prompt in fresh_prompts(Case(8, 500, 1), 128256, "x") for t in prompt) < 128000
+
+
+class Runner:
+    """Records what is asked of it; a run takes 1 s a token on a clock of its own."""
+
+    def __init__(self):
+        self.now, self.runs = 0.0, []
+
+    def run(self, case, output_len, sampling, prompt_seed):
+        self.runs.append((output_len, prompt_seed))
+        self.now += output_len
+        return float(output_len)
+
+
+def test_a_case_is_measured_by_turns_on_prompts_never_seen_before():
+    runner = Runner()
+    plan = Plan(repeats=3, seed=7, full_warmup=False)
+    allowance = TimeBudget(None, {"x": 1.0}, {}).item("x")
+    warm_up(runner, Case(1, 8, 100), GREEDY, plan)
+    assert [length for length, _ in runner.runs] == [32, 1]
+    timing = measure_case(runner, Case(1, 8, 100), GREEDY, plan, allowance)
+    assert timing.total == (100.0,) * 3 and timing.one_token == (1.0,) * 3
+    assert [length for length, _ in runner.runs[2:]] == [1, 100] * 3
+    measure_case(runner, Case(1, 8, 100), MISSION, plan, allowance)
+    seeds = [seed for _, seed in runner.runs]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_a_case_of_one_token_is_its_own_prefill_and_a_full_warm_up_is_full():
+    runner = Runner()
+    allowance = TimeBudget(None, {"x": 1.0}, {}).item("x")
+    timing = measure_case(runner, Case(1, 8, 1), GREEDY, Plan(3, 0, False), allowance)
+    assert timing.total == timing.one_token == (1.0,) * 3 and len(runner.runs) == 3
+    warm_up(runner, Case(1, 8, 100), GREEDY, Plan(3, 0, full_warmup=True))
+    assert [length for length, _ in runner.runs[3:]] == [100, 1]
+
+
+def test_a_time_budget_drops_repetitions_but_never_a_case():
+    runner = Runner()
+    budget = TimeBudget(60.0, {"short": 10.0, "long": 90.0, "last": 10.0}, {"e": 5.0}, clock=lambda: runner.now)
+    budget.loaded("e")
+    plan = Plan(3, 0, False)
+    # 10 of 110 parts of 60 s are 5.5 s: one repetition takes 4.
+    assert len(measure_case(runner, Case(1, 1, 3), GREEDY, plan, budget.item("short")).total) == 1
+    # 90 of 100 parts of the 56 s left: two take 42 each.
+    assert len(measure_case(runner, Case(1, 1, 41), GREEDY, plan, budget.item("long")).total) == 1
+    assert len(measure_case(runner, Case(1, 1, 2), GREEDY, plan, budget.item("last")).total) == 3
+    late = TimeBudget(0.0, {"x": 1.0}, {}, clock=lambda: runner.now)
+    assert len(measure_case(runner, Case(1, 1, 3), GREEDY, plan, late.item("x")).total) == 1
+
+
+def test_a_time_budget_sets_aside_what_other_engines_need_to_start():
+    budget = TimeBudget(100.0, {"a": 1.0, "b": 1.0}, {"next": 40.0}, clock=lambda: 0.0)
+    assert budget.item("a").affords(30) and not budget.item("b").affords(61)
+
+
+@pytest.fixture
+def make_session(tmp_path, monkeypatch):
+    """Makes a session of fake engines, given the options of each by name."""
+
+    def make(options: dict[str, dict], **changes) -> Session:
+        modes = [replace(FAKE, name=name, options=values) for name, values in options.items()]
+        monkeypatch.setattr(record_module, "MODES", {mode.name: mode for mode in modes})
+        target = Target.from_shape("tiny", "auto", tmp_path / "shape")
+        record = replace(make_record({}, shape="tiny"), suite="scenarios")
+        path = tmp_path / "r.json"
+        return Session(target, modes, (SMALL, LARGE), (GREEDY,), record, timeout=60, json_path=path, **changes)
+
+    return make
+
+
+def test_failures_stay_alone_and_every_case_is_written_at_once(make_session, tmp_path):
+    session = make_session({"one": {"fail_batch": 1}, "dead": {"die_batch": 1}})
+    on_disk = []
+
+    def measured(mode, measurement):
+        path = tmp_path / "r.json"
+        on_disk.append(len(json.loads(path.read_text())["measurements"]) if path.exists() else 0)
+
+    session.events.measured = measured
+    record = session.run()
+    assert on_disk == [0, 1, 2, 3]  # each case finds those before it
+    found = {m.key[:2]: m.error for m in record.measurements}
+    assert found["one", SMALL] == "MemoryError: out of memory" and found["one", LARGE] is None
+    assert "exit code 7" in found["dead", SMALL] and found["dead", LARGE] is None
+    loaded = Record.load(tmp_path / "r.json")
+    assert loaded.measurements == record.measurements and loaded.engines["dead"]["version"] == "1.0"
+    good = loaded.find("dead", LARGE, "greedy")
+    assert good.peak_memory == (123, "made up") and len(good.timing.total) == 3 and good.metrics.throughput > 0
+    assert loaded.best("ours", LARGE, "greedy") is not None and loaded.best("ours", SMALL, "greedy") is None
+
+
+def test_an_engine_that_does_not_start_fails_in_every_case_and_the_next_one_runs(make_session, monkeypatch):
+    monkeypatch.setattr(Session, "start_worker", lambda self, mode: InProcessClient(mode))
+    record = make_session({"refused": {"refuse": True}, "good": {}}).run()
+    errors = [m.error for m in record.measurements]
+    assert errors == ["the engine did not start: RuntimeError: no such\nluck"] * 2 + [None] * 2
+
+
+def test_a_run_out_of_time_says_what_it_dropped(make_session, monkeypatch):
+    monkeypatch.setattr(Session, "start_worker", lambda self, mode: InProcessClient(mode))
+    record = make_session({"slow": {}}, time_budget=0.0).run()
+    assert record.notes == [
+        "time budget: slow ran 1 x 4/8 (greedy) 1 of 3 times",
+        "time budget: slow ran 2 x 4/8 (greedy) 1 of 3 times",
+    ]
+    assert all(m.metrics for m in record.measurements)
+
+
+def test_startup_is_timed_from_before_the_process_exists(spec):
+    found = measure_startup(lambda: InProcessClient(FAKE), spec, repeats=3, seed=0)
+    assert len(found["seconds"]) == len(found["loads"]) == 3
+    assert all(seconds > load > 0 for seconds, load in zip(found["seconds"], found["loads"], strict=True))
+    assert min(found["seconds"]) <= found["median"] <= max(found["seconds"])
+    failing = replace(spec, options={"refuse": True})
+    assert "no such" in measure_startup(lambda: InProcessClient(FAKE), failing, 1, 0)["error"]
