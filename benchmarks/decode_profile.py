@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,12 @@ def profile_decode(
         "untraced_us_per_step": (seconds[1] - seconds[0]) / (case.output_len - 1) * 1e6,
     }
     on_gpu = llm.device.type == "cuda"
-    with traced_steps(llm, STEP):
-        if not on_gpu:
-            with traced_ops(llm):
-                return result | _host_times(_trace(llm, prompts, sampling, case.output_len, trace_path), case)
+    with traced_steps(llm, STEP) as tokens, nullcontext() if on_gpu else traced_ops(llm):
         trace = _trace(llm, prompts, sampling, case.output_len, trace_path)
-        return result | gpu_times(trace, _template(llm, sampling, prompts))
+    result["steps"] = sum(_inner(tokens))
+    if not on_gpu:
+        return result | host_times(trace)
+    return result | gpu_times(trace, _template(llm, sampling, prompts))
 
 
 def _generate(llm: LLM, prompts: list[list[int]], sampling: Sampling, output_len: int, **extra: Any) -> float:
@@ -72,7 +73,7 @@ def _trace(llm: LLM, prompts: list[list[int]], sampling: Sampling, output_len: i
 
 def _template(llm: LLM, sampling: Sampling, prompts: list[list[int]]) -> list[tuple[str, str]]:
     """(kernel, op) of one decode step in order, from a run that launches op by op."""
-    with tempfile.TemporaryDirectory() as folder, traced_ops(llm):
+    with tempfile.TemporaryDirectory() as folder, traced_ops(llm), traced_steps(llm, STEP):
         # Asking for log-probabilities is what makes the engine launch a step at a time, without a graph.
         trace = _trace(llm, prompts, sampling, EAGER_TOKENS, Path(folder, "eager.json"), logprobs=0)
     steps = trace.named(STEP)
@@ -89,8 +90,12 @@ def _template(llm: LLM, sampling: Sampling, prompts: list[list[int]]) -> list[tu
 
 def steady_window(steps: Sequence[Span]) -> tuple[float, float]:
     """From when to when decode runs undisturbed, given the spans of all calls of Engine.step."""
-    inner = steps[EDGE_STEPS:-EDGE_STEPS] or steps[1:] or steps
+    inner = _inner(steps)
     return inner[0].start, inner[-1].end
+
+
+def _inner(calls: Sequence[Any]) -> Sequence[Any]:
+    return calls[EDGE_STEPS:-EDGE_STEPS] or calls[1:] or calls
 
 
 def gpu_times(trace: Trace, template: list[tuple[str, str]]) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def gpu_times(trace: Trace, template: list[tuple[str, str]]) -> dict[str, Any]:
     edges = (end - start) - sum(exposed_times(window.gpu))  # before the first kernel and after the last
     return {
         "window_us": end - start,
-        "steps": num_steps,
+        "op_steps": num_steps,
         "gpu_idle_fraction": (idle_time(window.gpu) + edges) / (end - start),
         "host_waits": window.waits(),
         "ops": ops,
@@ -124,7 +129,7 @@ def op_times(spans: Sequence[Span], template: list[tuple[str, str]]) -> tuple[li
     return _totals(per_op), len(starts) - 1
 
 
-def _host_times(trace: Trace, case: Case) -> dict[str, Any]:
+def host_times(trace: Trace) -> dict[str, Any]:
     """On a CPU an op's range is its time."""
     start, end = steady_window(trace.named(STEP))
     window = trace.window(start, end)
@@ -134,7 +139,7 @@ def _host_times(trace: Trace, case: Case) -> dict[str, Any]:
             per_op[span.name.removeprefix(PREFIX).split("/")[-1]].append(span.duration)
     return {
         "window_us": end - start,
-        "steps": len(window.named(STEP)),
+        "op_steps": len(window.named(STEP)),
         "gpu_idle_fraction": None,
         "host_waits": {},
         "ops": _totals(per_op),

@@ -6,6 +6,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import time
 from typing import Any
 
 import torch
@@ -63,6 +64,13 @@ def device_memory_used() -> tuple[int, str]:
     """MiB in use on the GPU by all processes: for engines that allocate in a process of their own."""
     found = query_gpu("memory.used")
     return (int(found[0].split()[0]), "used on the GPU") if found else (0, "unknown")
+
+
+def wait_for_memory(limit_mib: int, seconds: float = 30.0) -> None:
+    """Wait until at most `limit_mib` are in use on the GPU: a killed process gives its memory back late."""
+    deadline = time.monotonic() + seconds
+    while device_memory_used()[0] > limit_mib and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def synchronize(device: torch.device) -> None:

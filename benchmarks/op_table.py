@@ -34,15 +34,19 @@ def op_bytes(config: ModelConfig, dtype: torch.dtype, op: str, batch_size: int, 
 
 def op_tables(tables: dict[str, Any], config: ModelConfig, dtype: torch.dtype, peaks: Peaks) -> str:
     """Everything that `decode_profile.profile_decode` found, as text."""
-    steps = tables["steps"]
+    batch_size, context_len, untraced = (tables[key] for key in ("batch_size", "context_len", "untraced_us_per_step"))
+    moved = config.decode_weight_bytes(dtype) + batch_size * context_len * config.kv_bytes_per_token(dtype)
+    floor = (
+        "" if peaks.read_bandwidth is None else f", {moved / peaks.read_bandwidth / untraced * 1e6:.1%} of its floor"
+    )
     lines = [
-        f"decode, batch {tables['batch_size']}, context about {tables['context_len']}: {steps} steps in "
-        f"{tables['window_us'] / 1e3:.2f} ms; without tracing a step takes {tables['untraced_us_per_step']:.1f} us"
+        f"decode, batch {batch_size}, context about {context_len}: {tables['steps']} steps in "
+        f"{tables['window_us'] / 1e3:.2f} ms; without tracing a step takes {untraced:.1f} us{floor}"
     ]
     if tables["gpu_idle_fraction"] is not None:
         waits = ", ".join(f"{name} {count}" for name, count in tables["host_waits"].items()) or "none"
         lines.append(f"GPU idle: {tables['gpu_idle_fraction']:.2%}; host waits: {waits}")
-    if tables["ops"] and steps:
+    if tables["ops"]:
         lines += ["", _ops(tables, config, dtype, peaks)]
     if tables["kernels"]:
         per_step = [
@@ -55,7 +59,7 @@ def op_tables(tables: dict[str, Any], config: ModelConfig, dtype: torch.dtype, p
 
 def _ops(tables: dict[str, Any], config: ModelConfig, dtype: torch.dtype, peaks: Peaks) -> str:
     """A line an op; the time includes the gap before it, so the lines add up to the step."""
-    steps, rows = tables["steps"], []
+    steps, rows = tables["op_steps"], []
     total = floor_total = 0.0
     for row in tables["ops"]:
         us = row["us"] / steps

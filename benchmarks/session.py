@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.budget import TimeBudget
 from benchmarks.cases import Case, Sampling
 from benchmarks.engines import EngineMode, LoadSpec
-from benchmarks.environment import gpu_state
+from benchmarks.environment import device_memory_used, gpu_state, wait_for_memory
 from benchmarks.measure import Plan, measure_case, warm_up
 from benchmarks.metrics import compute_metrics, decode_bytes
 from benchmarks.record import Measurement, Record
@@ -21,6 +21,7 @@ from benchmarks.worker_client import EngineFailed, WorkerClient, WorkerDied
 
 # Seconds set aside for starting an engine, before it is known how long it takes.
 LOAD_SECONDS = {"ours": 15.0, "vllm": 60.0, "hf": 20.0}
+MEMORY_SLACK_MIB = 1024
 # A FLOP counts like this many bytes when costs are compared: the ratio of the peaks of a data-centre GPU.
 BYTES_PER_FLOP = 1 / 170
 
@@ -56,6 +57,9 @@ class Session:
     log_folder: Path | None = None
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     events: Events = field(default_factory=Events)
+
+    def __post_init__(self) -> None:
+        self._memory_before = device_memory_used()[0]
 
     def run(self) -> Record:
         """Measure everything; returns the record, errors included."""
@@ -125,6 +129,7 @@ class Session:
             self._save()
 
     def start_worker(self, mode: EngineMode) -> WorkerClient:
+        wait_for_memory(self._memory_before + MEMORY_SLACK_MIB)
         log = self.log_folder / f"{mode.name}.log" if self.log_folder else None
         return WorkerClient(mode, timeout=self.timeout, log=log)
 

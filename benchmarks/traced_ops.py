@@ -68,18 +68,25 @@ def traced_ops(llm: LLM) -> Iterator[None]:
 
 
 @contextmanager
-def traced_steps(llm: LLM, name: str) -> Iterator[None]:
-    """While inside, every step of the engine of `llm` runs in a range called `name`."""
+def traced_steps(llm: LLM, name: str) -> Iterator[list[int]]:
+    """While inside, every call of the engine's step runs in a range called `name`.
+
+    Yields a list that grows by a number a call: how many tokens a sequence got by it, which is how many decode steps
+    it brought.
+    """
     engine = llm.engine
     plain: Callable[[], Any] = engine.step
+    tokens: list[int] = []
 
     def step() -> Any:
         with _range(name):
-            return plain()
+            progress = plain()
+        tokens.append(max((len(p.token_ids) for p in progress), default=0))
+        return progress
 
     engine.step = step  # type: ignore[method-assign]
     try:
-        yield
+        yield tokens
     finally:
         del engine.step
 

@@ -114,14 +114,16 @@ def test_gpu_times_of_a_steady_window():
         for step in (100 * i, 100 * i + 50):
             events += [gpu("embed", step, 5), gpu("gemv", step + 5, 40)]
     found = gpu_times(Trace.from_events(events), [("embed", "embed"), ("gemv", "qkv")])
-    assert found["window_us"] == 590 and found["steps"] == 11
+    assert found["window_us"] == 590 and found["op_steps"] == 11
     assert found["gpu_idle_fraction"] == pytest.approx(11 * 5 / 590)
     assert found["host_waits"] == {"cudaEventSynchronize": 6}
-    times = {row["name"]: row["us"] / found["steps"] for row in found["ops"]}
+    times = {row["name"]: row["us"] / found["op_steps"] for row in found["ops"]}
     assert times["qkv"] == pytest.approx(40) and times["embed"] == pytest.approx(5 + 5 * 10 / 11)
     assert [(row["name"], row["calls"]) for row in found["kernels"]] == [("gemv", 12), ("embed", 12)]
     unknown = gpu_times(Trace.from_events(events), [])
-    assert unknown["ops"] == [] and unknown["steps"] == 0 and unknown["gpu_idle_fraction"] == found["gpu_idle_fraction"]
+    assert (
+        unknown["ops"] == [] and unknown["op_steps"] == 0 and unknown["gpu_idle_fraction"] == found["gpu_idle_fraction"]
+    )
 
 
 def test_a_profile_needs_enough_steps(tmp_path):
@@ -143,14 +145,17 @@ def test_the_op_table_sets_times_against_floors():
     head_bytes = 128256 * 2048 * 2
     us = head_bytes / 1e12 * 1e6 * 2  # twice the floor at 1 TB/s
     tables = {
-        "batch_size": 1, "context_len": 192, "untraced_us_per_step": 650.0, "window_us": 7000.0, "steps": 10,
+        "batch_size": 1, "context_len": 192, "untraced_us_per_step": 650.0, "window_us": 7000.0, "steps": 11,
+        "op_steps": 10,
         "gpu_idle_fraction": 0.0123, "host_waits": {"cudaEventSynchronize": 2},
         "ops": [{"name": "head", "calls": 10, "us": us * 10}, {"name": "between ops", "calls": 20, "us": 50.0}],
         "kernels": [{"name": "gemv<" + "x" * 100, "calls": 10, "us": us * 10}],
     }  # fmt: skip
     text = op_tables(tables, shape_config("1b"), torch.bfloat16, Peaks(None, 1e12, "given"))
     assert "GPU idle: 1.23%; host waits: cudaEventSynchronize 2" in text
-    assert "10 steps in 7.00 ms; without tracing a step takes 650.0 us" in text
+    moved = 2471628800 + 192 * 32768  # weights, and K and V of the context
+    share = moved / 1e12 / 650e-6
+    assert f"11 steps in 7.00 ms; without tracing a step takes 650.0 us, {share:.1%} of its floor\n" in text
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert ["head", "1.0", f"{us:.2f}", f"{us / 2:.2f}", "50.0%", "500"] in cells
     assert ["between ops", "2.0", "5.00", "-", "-", "-"] in cells

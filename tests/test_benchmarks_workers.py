@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks import environment, worker_client
 from benchmarks import record as record_module
-from benchmarks import worker_client
 from benchmarks.budget import TimeBudget
 from benchmarks.cases import SAMPLINGS, Case
 from benchmarks.engines import EngineMode, LoadSpec
@@ -208,6 +208,16 @@ def test_a_run_out_of_time_says_what_it_dropped(make_session, monkeypatch):
         "time budget: slow ran 2 x 4/8 (greedy) 1 of 3 times",
     ]
     assert all(m.metrics for m in record.measurements)
+
+
+def test_the_next_engine_waits_until_the_last_one_has_given_its_memory_back(monkeypatch):
+    used = iter([9000, 5000, 1000])
+    monkeypatch.setattr(environment, "device_memory_used", lambda: (next(used), "used on the GPU"))
+    monkeypatch.setattr(environment.time, "sleep", lambda seconds: None)
+    environment.wait_for_memory(1500)
+    assert next(used, None) is None
+    monkeypatch.setattr(environment, "device_memory_used", lambda: (9000, "used on the GPU"))
+    environment.wait_for_memory(1500, seconds=0.0)  # gives up
 
 
 def test_startup_is_timed_from_before_the_process_exists(spec):
