@@ -1,8 +1,10 @@
 """Worker processes and the run around them, with an engine that fails on request."""
 
 import json
+import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +12,7 @@ from benchmarks import environment, worker_client
 from benchmarks import record as record_module
 from benchmarks.budget import TimeBudget
 from benchmarks.cases import SAMPLINGS, Case
-from benchmarks.engines import EngineMode, LoadSpec
+from benchmarks.engines import MODES, EngineMode, LoadSpec
 from benchmarks.measure import Plan, measure_case, warm_up
 from benchmarks.protocol import fresh_prompts
 from benchmarks.record import Record
@@ -227,3 +229,32 @@ def test_startup_is_timed_from_before_the_process_exists(spec):
     assert min(found["seconds"]) <= found["median"] <= max(found["seconds"])
     failing = replace(spec, options={"refuse": True})
     assert "no such" in measure_startup(lambda: InProcessClient(FAKE), failing, 1, 0)["error"]
+
+
+def test_the_vllm_engine_passes_on_what_a_fair_comparison_needs(spec, monkeypatch):
+    class Llm:
+        def __init__(self, **settings):
+            self.settings = settings
+
+        def generate(self, prompts, params, use_tqdm):
+            calls.append((prompts, params, use_tqdm))
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * params["max_tokens"])]) for _ in prompts]
+
+    calls = []
+    fake = SimpleNamespace(__version__="9", LLM=Llm, SamplingParams=dict, TokensPrompt=dict)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.delitem(sys.modules, "benchmarks.engines.vllm", raising=False)
+    for name, kind in (("vllm-default", "default"), ("vllm-inprocess", "in-process")):
+        mode = MODES[name]
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", mode.environment["VLLM_ENABLE_V1_MULTIPROCESSING"])
+        worker = InProcessClient(mode)
+        details = worker.load(replace(spec, dtype="bfloat16", options={"max_num_seqs": 8}))["details"]
+        assert (details["vllm"], details["mode"]) == ("9", kind)
+        assert details["settings"] == {
+            "max_model_len": 64, "gpu_memory_utilization": 0.9, "skip_tokenizer_init": True, "load_format": "dummy",
+            "dtype": "bfloat16", "seed": 0, "max_num_seqs": 8,
+        }  # fmt: skip
+        worker.run(CASE, 16, MISSION, "a")
+    prompts, params, use_tqdm = calls[-1]
+    assert [prompt["prompt_token_ids"] for prompt in prompts] == fresh_prompts(CASE, 50, "a") and use_tqdm is False
+    assert params == {"temperature": 0.6, "top_p": 0.9, "max_tokens": 16, "ignore_eos": True, "detokenize": False}
