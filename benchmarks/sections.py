@@ -46,7 +46,7 @@ def plot_name(record: Record, sampling: str) -> str:
 
 
 def _summary(record: Record, images: str) -> str:
-    """The tables and the plot of the mission's sampling, or of the only one."""
+    """The tables and the plot of one way of sampling, that of SUMMARY_SAMPLING if it was measured."""
     names = record.samplings()
     sampling = SUMMARY_SAMPLING if SUMMARY_SAMPLING in names else names[0]
     picture = f"![throughput of {record.model} by engine]({images}/{plot_name(record, sampling)})"

@@ -21,7 +21,7 @@ def parse(*flags: str):
     return benchmark_model.parse_args([*flags])
 
 
-def test_the_missions_flags_with_underscores_and_dashes():
+def test_the_flags_of_one_case_with_underscores_and_dashes():
     flags = ["--model_name", "m", "--max_gen_batch_size=4", "--max_gen_len", "7", "--input_len=9", "--random_seed=5"]
     for spelling in (flags, [flag.replace("_", "-") for flag in flags]):
         args = parse(*spelling)
