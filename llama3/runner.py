@@ -9,10 +9,11 @@ from llama3.decode_state import IDLE, DecodeState
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache
 from llama3.model import Transformer
-from llama3.sampling import SamplingTensors
 from llama3.sequence import Sequence, TokenLogprobs
 
 GRAPH_STEPS = 8
+
+Logprobs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Draw:
     """Device results of one step: token_ids [B], and if asked for log-probabilities [B], ranks [B], top-k [B, k]."""
 
     token_ids: torch.Tensor
-    logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
+    logprobs: Logprobs | None
 
 
 class PendingTokens:
@@ -85,6 +86,7 @@ class Runner:
 
     def __init__(self, model: Transformer, cache: KVCache, state: DecodeState) -> None:
         self.model, self.cache, self.state = model, cache, state
+        self._whole_step = model.ops.whole_step(model.config, model.weights, model.rope, cache, state)
         self._graphs: dict[tuple[int, int, StepOptions], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._graph_pool = torch.cuda.graph_pool_handle() if state.device.type == "cuda" else None
 
@@ -100,9 +102,13 @@ class Runner:
         positions = torch.tensor([len(s.prompt_ids) for s in sequences], dtype=torch.int32, device=device)
         options = StepOptions.of(sequences)
         sampling = self.state.with_flags(options.all_greedy, options.any_filter).rows(index)
-        draw = self._draw(logits, index, sampling, positions, options)
-        self.state.place(index, draw.token_ids, positions)
-        return PendingTokens(sequences, range(len(sequences)), draw.token_ids[None], draw)
+        raw = logits.float().clone() if options.num_logprobs is not None else None
+        if options.any_min_tokens:
+            self.state.forbid_early_stops(logits, index, positions)
+        token_ids = self.model.ops.sample(logits, sampling, positions)
+        self.state.place(index, token_ids, positions)
+        draw = Draw(token_ids, log_probabilities(raw, token_ids, options.num_logprobs))
+        return PendingTokens(sequences, range(len(sequences)), token_ids[None], draw)
 
     def decode(self, sequences: Items[Sequence], num_steps: int) -> PendingTokens:
         """Launch `num_steps` decode steps over the rows up to the last one of `sequences`."""
@@ -118,37 +124,31 @@ class Runner:
         return PendingTokens(sequences, [s.row for s in sequences], tokens, draw)
 
     def _step(self, num_rows: int, options: StepOptions) -> Draw:
+        """One decode step, op by op or in one launch."""
         state, rows = self.state, slice(0, num_rows)
-        captured = state.device.type == "cuda"
-        # A captured step must hold for every length to come.
-        bound = self.cache.max_len if captured else int(state.positions[rows].max()) + 1
-        batch = DecodeBatch(state.slots[rows], state.positions[rows], max(bound, 1))
-        logits = self.model.decode_step(state.token_ids[rows], batch, self.cache)
-        idle = state.positions[rows] < 0
-        positions = state.positions[rows] + 1
+        if self._whole_step is not None and num_rows == 1:
+            self._whole_step.launch()
+            logits = self._whole_step.logits
+        else:
+            batch = DecodeBatch(state.slots[rows], state.positions[rows], self._context_bound(num_rows))
+            logits = self.model.decode_step(state.token_ids[rows], batch, self.cache)
+        raw = logits.float().clone() if options.num_logprobs is not None else None
         sampling = state.with_flags(options.all_greedy, options.any_filter).rows(rows)
-        draw = self._draw(logits, rows, sampling, positions, options)
-        state.place(rows, draw.token_ids, torch.where(idle, IDLE, positions))
-        return draw
+        token_ids = self.model.ops.sample_and_place(logits, sampling, state, options.any_min_tokens)
+        return Draw(token_ids, log_probabilities(raw, token_ids, options.num_logprobs))
 
-    def _draw(
-        self,
-        logits: torch.Tensor,
-        rows: torch.Tensor | slice,
-        sampling: SamplingTensors,
-        positions: torch.Tensor,
-        options: StepOptions,
-    ) -> Draw:
-        raw = logits.float() if options.num_logprobs is not None else None
-        if options.any_min_tokens:
-            logits = logits.clone()
-            self.state.forbid_early_stops(logits, rows, positions)
-        token_ids = self.model.ops.sample(logits, sampling, positions)
-        return Draw(token_ids, None if raw is None else log_probabilities(raw, token_ids, options.num_logprobs or 0))
+    def _context_bound(self, num_rows: int) -> int:
+        # A captured step must hold for every length to come.
+        if self.state.device.type == "cuda":
+            return self.cache.max_len
+        return max(int(self.state.positions[:num_rows].max()) + 1, 1)
 
     def _replay(self, num_rows: int, num_steps: int, options: StepOptions) -> torch.Tensor:
-        """Token ids [num_steps, num_rows] from captured graphs of GRAPH_STEPS steps and of one."""
+        """Token ids [num_steps, num_rows], from one launch or from captured graphs of GRAPH_STEPS steps and of one."""
         tokens = torch.empty(num_steps, num_rows, dtype=torch.int64, device=self.state.device)
+        if self._whole_step is not None and num_rows == 1 and not (options.any_filter or options.any_min_tokens):
+            self._whole_step.launch(tokens)
+            return tokens
         done = 0
         while done < num_steps:
             steps = GRAPH_STEPS if num_steps - done >= GRAPH_STEPS else 1
@@ -178,10 +178,13 @@ class Runner:
         return self._graphs[key]
 
 
-def log_probabilities(
-    logits: torch.Tensor, token_ids: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-softmax of fp32 logits [B, V]: of token_ids [B], their ranks [B] from 1, the top k's and ids [B, k]."""
+def log_probabilities(logits: torch.Tensor | None, token_ids: torch.Tensor, k: int | None) -> Logprobs | None:
+    """Log-softmax of fp32 logits [B, V]: of token_ids [B], their ranks [B] from 1, the top k's and ids [B, k].
+
+    None if they were not asked for.
+    """
+    if logits is None or k is None:
+        return None
     logprobs = logits.log_softmax(-1)
     drawn = logprobs.gather(1, token_ids[:, None])
     top = logprobs.topk(k, dim=-1)

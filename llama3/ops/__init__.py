@@ -3,17 +3,21 @@
 `select` decides which implementation runs and says why; nothing falls back in silence.
 """
 
+from __future__ import annotations
+
 from typing import Protocol
 
 import torch
 
 from llama3.config import ModelConfig
+from llama3.decode_state import DecodeState
 from llama3.errors import DeviceError
 from llama3.forward_batch import DecodeBatch, PrefillBatch
-from llama3.kv_cache import LayerCache
+from llama3.kv_cache import KVCache, LayerCache
 from llama3.ops.reference import ReferenceOps
 from llama3.rope import RopeTable
 from llama3.sampling import SamplingTensors
+from llama3.weights import ModelWeights
 
 CHOICES = ("auto", "reference", "cuda")
 
@@ -41,6 +45,29 @@ class Ops(Protocol):
     ) -> torch.Tensor: ...
 
     def sample(self, logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor) -> torch.Tensor: ...
+
+    def sample_and_place(
+        self, logits: torch.Tensor, params: SamplingTensors, state: DecodeState, forbid_early_stops: bool
+    ) -> torch.Tensor: ...
+
+    def whole_step(
+        self, config: ModelConfig, weights: ModelWeights, rope: RopeTable, cache: KVCache, state: DecodeState
+    ) -> WholeStep | None: ...
+
+
+class WholeStep(Protocol):
+    """A decode step of one sequence in one launch: it feeds row 0 of a DecodeState and appends to the cache.
+
+    logits: fp32 [1, V], those of the last step launched.
+    """
+
+    @property
+    def logits(self) -> torch.Tensor: ...
+
+    def launch(self, drawn: torch.Tensor | None = None) -> None:
+        """Without `drawn`, one step up to its logits. With it (int64 [n, 1]), n steps that each draw, without
+        filters, and place a token as `sample_and_place` does."""
+        ...
 
 
 def select(choice: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Ops, str]:

@@ -1,19 +1,22 @@
-"""How each op runs on an NVIDIA GPU; `llama3.ops.reference` says what each one means, docs/cuda-ops.md why it runs so."""
+"""How each op runs on an NVIDIA GPU; `llama3.ops.reference` says what it means, docs/cuda-ops.md why it runs so."""
 
 import torch
 import torch.nn.functional as F
 
 import load_custom_kernels
 from llama3.config import ModelConfig
+from llama3.decode_state import DecodeState
 from llama3.forward_batch import DecodeBatch, PrefillBatch
-from llama3.kv_cache import LayerCache
-from llama3.ops import elementwise, linear, prefill_attention
+from llama3.kv_cache import KVCache, LayerCache
+from llama3.ops import elementwise, linear, prefill_attention, sampling
 from llama3.ops.decode_attn import MAX_GROUP, rope_append_decode
+from llama3.ops.decode_step import DecodeStep
 from llama3.ops.prefill_attention import PrefillPlan
 from llama3.rope import RopeTable
-from llama3.sampling import SamplingTensors, sample_tokens
+from llama3.sampling import SamplingTensors
+from llama3.weights import ModelWeights
 
-FAMILIES = ("elementwise", "decode_attn")
+FAMILIES = ("elementwise", "decode_attn", "sampling", "decode_step")
 
 
 class CudaOps:
@@ -49,18 +52,23 @@ class CudaOps:
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         return F.embedding(token_ids, table)
 
-    def norm_linear(
-        self, x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
+    def norm_linear(self, x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return linear.linear(elementwise.rms_norm(x, norm_weight, eps), weight)
 
     def rope_append_attend(
         self, qkv: torch.Tensor, rope: RopeTable, cache: LayerCache, batch: PrefillBatch | DecodeBatch
     ) -> torch.Tensor:
         if isinstance(batch, DecodeBatch):
-            slots = {"slots": batch.slots, "blocks_per_slot": cache.blocks_per_slot}
             return rope_append_decode(
-                qkv, rope.cos, rope.sin, cache.k, cache.v, batch.positions, **slots, pdl=self.overlap
+                qkv,
+                rope.cos,
+                rope.sin,
+                cache.k,
+                cache.v,
+                batch.positions,
+                slots=batch.slots,
+                blocks_per_slot=cache.blocks_per_slot,
+                pdl=self.overlap,
             )
         if self._plan is None or self._plan.batch is not batch:  # one a forward pass: its layers share it
             self._plan = PrefillPlan.of(batch)
@@ -79,4 +87,16 @@ class CudaOps:
         return elementwise.silu_mul(self.norm_linear(x, norm_weight, gate_up, eps))
 
     def sample(self, logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor) -> torch.Tensor:
-        return sample_tokens(logits, params, positions)
+        return sampling.sample(logits, params, positions)
+
+    def sample_and_place(
+        self, logits: torch.Tensor, params: SamplingTensors, state: DecodeState, forbid_early_stops: bool
+    ) -> torch.Tensor:
+        return sampling.sample_and_place(logits, params, state, forbid_early_stops=forbid_early_stops)
+
+    def whole_step(
+        self, config: ModelConfig, weights: ModelWeights, rope: RopeTable, cache: KVCache, state: DecodeState
+    ) -> DecodeStep | None:
+        if DecodeStep.supports(config, weights.embed.device) is not None or weights.embed.dtype != torch.bfloat16:
+            return None
+        return DecodeStep(config, weights, rope, cache, state)

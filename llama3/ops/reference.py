@@ -6,11 +6,13 @@ T tokens, hidden size H, Hq query and Hkv key/value heads of size D, feed-forwar
 import torch
 import torch.nn.functional as F
 
-from llama3.config import GATE_UP_GROUP
+from llama3.config import GATE_UP_GROUP, ModelConfig
+from llama3.decode_state import IDLE, DecodeState
 from llama3.forward_batch import DecodeBatch, PrefillBatch
-from llama3.kv_cache import LayerCache
+from llama3.kv_cache import KVCache, LayerCache
 from llama3.rope import RopeTable
 from llama3.sampling import SamplingTensors, sample_tokens
+from llama3.weights import ModelWeights
 
 
 class ReferenceOps:
@@ -54,6 +56,28 @@ class ReferenceOps:
     def sample(self, logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor) -> torch.Tensor:
         """logits [B, V], positions [B] of the tokens to be drawn -> token ids, int64 [B]."""
         return sample_tokens(logits, params, positions)
+
+    def sample_and_place(
+        self, logits: torch.Tensor, params: SamplingTensors, state: DecodeState, forbid_early_stops: bool
+    ) -> torch.Tensor:
+        """The end of a decode step over the state's first B rows: draw the next tokens, int64 [B], and store them.
+
+        logits [B, V] follow the tokens at `state.positions`; they may be changed. What an idle row draws is undefined.
+        """
+        rows = slice(0, logits.shape[0])
+        idle = state.positions[rows] < 0
+        positions = state.positions[rows] + 1
+        if forbid_early_stops:
+            state.forbid_early_stops(logits, rows, positions)
+        token_ids = self.sample(logits, params, positions)
+        state.place(rows, token_ids, torch.where(idle, IDLE, positions))
+        return token_ids
+
+    def whole_step(
+        self, config: ModelConfig, weights: ModelWeights, rope: RopeTable, cache: KVCache, state: DecodeState
+    ) -> None:
+        """One launch for a whole decode step of one sequence, where there is one: here there is none."""
+        return None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
