@@ -48,7 +48,8 @@ bench:
 	$(PYTHON) benchmark_model.py --shape 1b --suite seed
 
 docs: $(VENV)/dev.stamp
-	$(BIN)/python tools/render_docs.py
+	$(BIN)/python tools/render_results.py
+	if [ -f tools/render_docs.py ]; then $(BIN)/python tools/render_docs.py; fi
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -48,7 +48,8 @@ def main(argv: list[str]) -> None:
         for prompt, output in zip(prompts, outputs, strict=True):
             print(f"\n--- prompt ---\n{prompt}\n--- completion ---\n{output.outputs[0].text}")
         stats = llm.stats
-        print(f"\nload:    {llm.load_seconds:.2f} s of {ready - start:.2f} s to start")
+        rate = llm.config.weight_bytes(llm.dtype) / 1e9 / llm.load_seconds
+        print(f"\nload:    {llm.load_seconds:.2f} s at {rate:.1f} GB/s, of {ready - start:.2f} s to start")
         print(f"prefill: {stats.prefill_seconds:.3f} s, {stats.num_prompt_tokens} tokens, first token included")
         print(f"decode:  {stats.decode_seconds:.3f} s, {stats.num_generated_tokens} tokens in all")
         seconds = stats.prefill_seconds + stats.decode_seconds

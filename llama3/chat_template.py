@@ -7,7 +7,7 @@ the tools, the special tokens and what the caller passes, nothing else.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import TemplateRuntimeError
@@ -95,7 +95,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 class _GenerationBlock(Extension):
     """`{% generation %}…{% endgeneration %}` marks the assistant's text for training; here it only renders."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (the base class declares it so)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
