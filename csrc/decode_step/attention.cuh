@@ -13,7 +13,8 @@ struct Attention {
     static constexpr int kLanes = D / 8;           // lanes a token
     static constexpr int kPerLoad = 32 / kLanes;   // tokens a load
     static constexpr int kLoads = 8 / kPerLoad;    // loads for the warp's 8 tokens
-    static constexpr int kScores = GP > 4 ? GP / 4 : 1;  // scores a lane holds after summing
+    static_assert(GP == 4 || GP == 8, "fewer heads are padded to 4");
+    static constexpr int kScores = GP / 4;  // scores a lane holds after summing
     static constexpr float kNoScore = -1e30f;      // the maximum of nothing, finite so that differences are
 
     // With 8 heads, q and out together are too many registers: q then stays in shared memory.
@@ -48,7 +49,7 @@ struct Attention {
         to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
     }
 
-    __device__ static int head_lane(int g) { return g * 4 / GP; }  // bits 0-1 of the lanes that hold head g
+    __device__ static int head_lane(int g) { return g / kScores; }  // bits 0-1 of the lanes that hold head g
 
     // Eight tokens, of which the first `count` in the order (load, member) exist: token = load * kPerLoad + member.
     __device__ __forceinline__ void update(const uint4 (&k)[kLoads], uint4 (&v)[kLoads], int count) {
@@ -136,10 +137,9 @@ struct Attention {
             const int element = member * kHeld + i;
             target[element / 8 * D + column * 8 + element % 8] = out[i];
         }
-        if (lane < 4 && lane % (GP < 4 ? 4 / GP : 1) == 0) {
+        if (lane < 4) {
 #pragma unroll
-            for (int i = 0; i < kScores; ++i)
-                scratch.state[warp * GP + (GP < 4 ? lane * GP / 4 : lane * kScores + i)] = make_float2(maximum[i], sum[i]);
+            for (int i = 0; i < kScores; ++i) scratch.state[warp * GP + lane * kScores + i] = make_float2(maximum[i], sum[i]);
         }
     }
 };
@@ -212,7 +212,7 @@ __device__ __forceinline__ void merge(const Params& p, const AttentionWork& work
     // Each split's block merges its share of the outputs, `num_splits` lanes an output.
     PROFILE_BEGIN(merge_began);
     const int splits = work.num_splits, share = outputs / splits, split = thread % splits;
-    constexpr int kPasses = (kMaxGroup < GP ? kMaxGroup : GP) * D / kMathThreads > 0 ? GP * D / kMathThreads : 1;
+    constexpr int kPasses = GP * D / kMathThreads;
     uint64_t value[kPasses], state_max[kPasses], state_sum[kPasses];
     const uint64_t *from[kPasses], *state_from[kPasses];
     int output[kPasses];
@@ -257,7 +257,7 @@ __device__ __forceinline__ void merge(const Params& p, const AttentionWork& work
 template <int D, int GP>
 __device__ __forceinline__ void attention(const Params& p, const Step& step, int layer, int warp, int lane, RingReader& ring,
                                           unsigned char* memory, SharedState& shared) {
-    const AttentionWork work = attention_of_block(p, step.position, layer, blockIdx.x, gridDim.x);
+    const AttentionWork work = attention_of_block(p, step.position, blockIdx.x);
     if (work.head < 0) return;
     // Pinned: addresses derived from the lane are not worth registers that stay taken between layers.
     lane = pinned(lane);
@@ -282,26 +282,29 @@ __device__ __forceinline__ void attention(const Params& p, const Step& step, int
     Attention<D, GP> state(lane, scratch.q, group);
 
     constexpr int kLoads = Attention<D, GP>::kLoads, kPerLoad = Attention<D, GP>::kPerLoad;
-    if (has_new && warp == 0) {
-        uint4 k[kLoads] = {}, v[kLoads] = {};
-        k[0] = reinterpret_cast<const uint4*>(scratch.k)[state.column];
-        v[0] = reinterpret_cast<const uint4*>(scratch.v)[state.column];
-        state.update(k, v, 1);
-    }
     constexpr uint32_t kTileBytes = kTileTokens * D * 2;
     const uint32_t lane_offset = (warp * 8 + state.member) * (D * 2) + state.column * 16;
-    for (int tile = work.tile_begin; tile < work.tile_end; ++tile) {
-        uint4 k[kLoads], v[kLoads];
-        uint32_t chunk = ring.acquire(kTileBytes) + lane_offset;
+    // The new token is one more tile, of one token, before the others.
+#pragma unroll 1
+    for (int tile = work.tile_begin - (has_new ? 1 : 0); tile < work.tile_end; ++tile) {
+        uint4 k[kLoads] = {}, v[kLoads] = {};
+        int count;
+        if (tile < work.tile_begin) {
+            k[0] = reinterpret_cast<const uint4*>(scratch.k)[state.column];
+            v[0] = reinterpret_cast<const uint4*>(scratch.v)[state.column];
+            count = warp == 0 ? 1 : 0;
+        } else {
+            uint32_t chunk = ring.acquire(kTileBytes) + lane_offset;
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) k[i] = load_shared(chunk + i * kPerLoad * (D * 2));
-        ring.release(kTileBytes, lane);
-        chunk = ring.acquire(kTileBytes) + lane_offset;
+            for (int i = 0; i < kLoads; ++i) k[i] = load_shared(chunk + i * kPerLoad * (D * 2));
+            ring.release(kTileBytes, lane);
+            chunk = ring.acquire(kTileBytes) + lane_offset;
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) v[i] = load_shared(chunk + i * kPerLoad * (D * 2));
-        ring.release(kTileBytes, lane);
-        const int count = step.position - tile * kTileTokens - warp * 8;
-        if (count > 0) state.update(k, v, min(count, 8));
+            for (int i = 0; i < kLoads; ++i) v[i] = load_shared(chunk + i * kPerLoad * (D * 2));
+            ring.release(kTileBytes, lane);
+            count = step.position - tile * kTileTokens - warp * 8;
+        }
+        if (count > 0) state.update(k, v, count);
     }
     PROFILE_END(shared, 16, tiles_began);
 

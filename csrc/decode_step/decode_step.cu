@@ -39,7 +39,7 @@ __device__ __forceinline__ void load_rows(const Params& p, const LayerPointers* 
 
 template <int D>
 __device__ __forceinline__ void load_context(const Params& p, const Step& step, int layer, int64_t first_block, RingLoader& ring) {
-    const AttentionWork work = attention_of_block(p, step.position, layer, blockIdx.x, gridDim.x);
+    const AttentionWork work = attention_of_block(p, step.position, blockIdx.x);
     constexpr uint32_t kTileBytes = kTileTokens * D * 2;
     for (int tile = work.tile_begin; tile < work.tile_end; ++tile) {
         const int64_t source = layer * p.stride_cache_layer + ((first_block + tile) * p.num_kv_heads + work.head) * (kTileTokens * D);
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_step_kernel(const __grid_c
         asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
         if (warp == kEpilogueWarp) run_epilogue(p, position, steps_done, lane, shared);
         if (warp == kLoaderWarp && lane == 0)
-            run_loader<D>(p, position, steps_done, layers, RingLoader{common::shared_address(ring), full, empty, size, shared.ring.began});
+            run_loader<D>(p, position, steps_done, layers, RingLoader{common::shared_address(ring), full, empty, size, uint32_t(p.max_in_flight), shared.ring.began});
     }
 #ifdef DECODE_STEP_PROFILE
     if (warp == 0) PROFILE_END(shared, 21, kernel_began);
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_step_kernel(const __grid_c
 }
 
 // Query heads of one kv head, padded to what kernels are built for.
-static int padded_group(const int group) { return group > 4 ? 8 : group > 2 ? 4 : group; }
+static int padded_group(const int group) { return group > 4 ? 8 : 4; }
 
 int fixed_smem_bytes(int num_layers, int head_dim, int group) {
     return align_up(sizeof(SharedState)) + attention_scratch_bytes(head_dim, padded_group(group)) +
@@ -171,10 +171,7 @@ static const void* kernel_for(int head_dim, int group) {
     const int padded = padded_group(group);
 #define KERNEL(D, GP) \
     if (head_dim == D && padded == GP) return reinterpret_cast<const void*>(decode_step_kernel<D, GP>);
-    KERNEL(64, 4) KERNEL(128, 4)
-#ifndef DECODE_STEP_FEW
-    KERNEL(64, 1) KERNEL(64, 2) KERNEL(128, 1) KERNEL(128, 2)
-#endif
+    KERNEL(64, 4) KERNEL(128, 4) KERNEL(64, 8) KERNEL(128, 8)
 #undef KERNEL
     throw std::runtime_error("decode_step: no kernel for head_dim " + std::to_string(head_dim) + ", group " + std::to_string(group));
 }

@@ -12,15 +12,23 @@ __device__ __forceinline__ float residual(const Params& p, int op, int layer, co
     return await(p.x_attn + packet_index(row), step.first_use + layer - 1);
 }
 
-// The sum of local row `r` of a batch over the warps that share the row.
-__device__ __forceinline__ float sum_row(const Linear& linear, const Batch& batch, int r) {
-    const int rows = rows_per_warp(linear.units);
-    const int chunk = r / linear.chunk_rows, in_chunk = r % linear.chunk_rows;
-    const int group = in_chunk / rows, slot = chunk * rows + in_chunk % rows;
-    float sum = 0.f;
-    for (int w = 0; w < linear.k_slices; ++w) sum += batch.part[group * linear.k_slices + w][slot];
-    return sum;
-}
+// Where the partial sums of a batch's rows are. All counts are powers of two.
+struct BatchLayout {
+    int row_bits, group_bits, k_slices;  // log2 of rows a warp takes of a chunk, of groups of warps; warps that share a row
+
+    __device__ explicit BatchLayout(const Linear& linear)
+        : row_bits(linear.row_bits), group_bits(linear.group_bits), k_slices(linear.k_slices) {}
+
+    __device__ __forceinline__ float sum_row(const Batch& batch, int r) const {
+        const int group = (r >> row_bits) & ((1 << group_bits) - 1);
+        const int slot = (r >> (row_bits + group_bits) << row_bits) + (r & ((1 << row_bits) - 1));
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < kMathWarps; ++w)
+            if (w < k_slices) sum += batch.part[group * k_slices + w][slot];
+        return sum;
+    }
+};
 
 __device__ __forceinline__ void finish_op(const Params& p, int op, int layer, const Step& step, int token, int lane,
                                           const Sampler& sampler, uint32_t& batch_count, SharedState& shared) {
@@ -29,6 +37,7 @@ __device__ __forceinline__ void finish_op(const Params& p, int op, int layer, co
     const uint32_t use = step.first_use + layer;
     const int batch_rows = kBatchRows * (kMathWarps / linear.k_slices);
     const bool adds = op == kO || op == kDown;
+    const BatchLayout layout(linear);
     Candidate best{0.f, -1};
     for (int first = 0; first < rows.count; first += batch_rows) {
         const uint32_t buffer = batch_count % kBatchBuffers, round = batch_count / kBatchBuffers;
@@ -42,13 +51,15 @@ __device__ __forceinline__ void finish_op(const Params& p, int op, int layer, co
         float scale = 1.f;
         if (!adds) {
             float squares = 0.f;
-            for (int w = 0; w < linear.k_slices; ++w) squares += batch.sum_squares[w];
+#pragma unroll
+            for (int w = 0; w < kMathWarps; ++w)
+                if (w < layout.k_slices) squares += batch.sum_squares[w];
             scale = rsqrtf(squares / p.hidden_size + p.rms_norm_eps);
         }
         for (int r = lane; r - lane < count; r += 32) {
             const bool exists = r < count;
             const int row = rows.begin + first + r;
-            float value = sum_row(linear, batch, min(r, batch_rows - 1)) * scale;
+            float value = layout.sum_row(batch, min(r, batch_rows - 1)) * scale;
             if (op == kGateUp) {  // gate in the lower, up in the upper 8 of 16 rows
                 const float up = __shfl_down_sync(0xffffffffu, value, 8);
                 if (exists && (r & 8) == 0) {

@@ -1,5 +1,6 @@
 // The math warps' part of y = W x: multiply the chunks of W in the ring by a slice of x held in registers.
 #pragma once
+#include "common/types.cuh"
 #include "decode_step/shared_state.cuh"
 
 namespace decode_step {
@@ -20,7 +21,7 @@ struct GemvInput {
 // This lane's eight elements of each of the warp's units: x times the norm's weight. Returns its sum of x^2.
 template <int U>
 __device__ __forceinline__ float load_input(const GemvInput& in, int slice, int lane, float (&x)[U][8]) {
-    uint4 factor[U];
+    uint4 factor[U] = {};
     const int column = slice * U * kUnit + lane * 8;
     if (in.norm != nullptr) {
 #pragma unroll
@@ -75,70 +76,117 @@ __device__ __forceinline__ void transposed_sum(float* v, int lane) {
     }
 }
 
+// x as the tensor core's left operand, 16 x 16 tiles. The columns of a unit fall into 8 segments of 32, one for each group
+// of four lanes. Row n of a tile is segment n of x in bf16, row 8 + n what bf16 leaves over of it: two exact products
+// accumulated in fp32 lose 2^-17 of x instead of 2^-9.
+template <int U>
+struct SplitInput {
+    uint32_t tile[U][2][4];
+
+    __device__ __forceinline__ void set(const float (&x)[U][8]) {
+#pragma unroll
+        for (int u = 0; u < U; ++u)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float a = x[u][2 * i], b = x[u][2 * i + 1];
+                const uint32_t high = common::Pack<bf16>::from_floats(a, b);
+                tile[u][i / 2][i % 2 * 2] = high;
+                tile[u][i / 2][i % 2 * 2 + 1] = common::Pack<bf16>::from_floats(a - bf16_low(high), b - bf16_high(high));
+            }
+    }
+};
+
+// c += a b, 16 x 16 by 16 x 8. Column n of b is segment n of a row of weights: every lane multiplies just the 16 bytes that
+// it loaded, which are contiguous over the warp. c's two diagonals hold the products that are wanted, the rest is discarded.
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// This lane's share of R rows' products with x: to be summed over the warp.
+template <int U, int R>
+__device__ __forceinline__ void multiply_rows(const uint4 (&w)[R][U], const SplitInput<U>& x, int lane, float (&out)[R]) {
+    constexpr int kChains = R >= 4 ? 1 : R >= 2 ? 2 : 4;  // at least four independent accumulators
+    const bool odd = lane & 4, diagonal = (lane & 3) == lane >> 3;
+    float c[R][kChains][4] = {};
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            multiply(c[r][2 * u % kChains], x.tile[u][0], w[r][u].x, w[r][u].y);
+            multiply(c[r][(2 * u + 1) % kChains], x.tile[u][1], w[r][u].z, w[r][u].w);
+        }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        float even_sum = 0.f, odd_sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < kChains; ++i) {
+            even_sum += c[r][i][0] + c[r][i][2];
+            odd_sum += c[r][i][1] + c[r][i][3];
+        }
+        out[r] = diagonal ? (odd ? odd_sum : even_sum) : 0.f;
+    }
+}
+
 // All rows of one projection that belong to this block. U units of columns a warp.
 template <int U>
 __device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInput& in, int num_rows, int warp, int lane,
                                      RingReader& ring, uint32_t& batch_count, SharedState& shared) {
-    constexpr int kRows = rows_per_warp(U), kChunks = kBatchRows / kRows;
-    constexpr int kSums = kRows >= 4 ? 1 : 4 / kRows;  // independent sums a row, so that four multiply-adds overlap
+    constexpr int kRows = rows_per_warp(U), kChunks = kBatchRows / kRows, kShare = 32 / kRows;
     const int slice = warp % linear.k_slices, group = warp / linear.k_slices;
-    const int chunk_rows = pinned(linear.chunk_rows);
+    const int chunk_rows = pinned(linear.chunk_rows), num_chunks = (num_rows + chunk_rows - 1) / chunk_rows;
     const uint32_t row_bytes = pinned(linear.k * 2), chunk_bytes = chunk_rows * row_bytes;
     const uint32_t lane_offset = group * kRows * row_bytes + slice * U * (kUnit * 2) + lane * 16;
 
     PROFILE_BEGIN(op_began);
-    float x[U][8];
-    float sum_squares = load_input<U>(in, slice, lane, x);
+    SplitInput<U> x;
+    float sum_squares;
+    {
+        float wide[U][8];
+        sum_squares = load_input<U>(in, slice, lane, wide);
+        x.set(wide);
+    }
     PROFILE_END(shared, op, op_began);
-    bool first = true;
-    for (int row = 0; row < num_rows; row += kChunks * chunk_rows) {
-        float acc[kBatchRows];
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-            if (row + c * chunk_rows < num_rows) {
-                PROFILE_BEGIN(wait_began);
-                const uint32_t chunk = ring.acquire(chunk_bytes) + lane_offset;
-                PROFILE_END(shared, 5 + op, wait_began);
-                uint4 w[kRows][U];
-#pragma unroll
-                for (int r = 0; r < kRows; ++r)
-#pragma unroll
-                    for (int u = 0; u < U; ++u) w[r][u] = load_shared(chunk + r * row_bytes + u * (kUnit * 2));
-                ring.release(chunk_bytes, lane);
-#pragma unroll
-                for (int r = 0; r < kRows; ++r) {
-                    float sums[kSums] = {};
-#pragma unroll
-                    for (int u = 0; u < U; ++u) {
-                        float f[8];
-                        unpack(w[r][u], f);
-#pragma unroll
-                        for (int e = 0; e < 8; ++e) sums[e % kSums] = fmaf(f[e], x[u][e], sums[e % kSums]);
-                    }
-#pragma unroll
-                    for (int s = 1; s < kSums; ++s) sums[0] += sums[s];
-                    acc[c * kRows + r] = sums[0];
-                }
-            } else {
-#pragma unroll
-                for (int r = 0; r < kRows; ++r) acc[c * kRows + r] = 0.f;
-            }
-        }
-        if (first && in.norm != nullptr) {
-#pragma unroll
-            for (int mask = 16; mask > 0; mask >>= 1) sum_squares += __shfl_xor_sync(0xffffffffu, sum_squares, mask);
-        }
-        first = false;
-        transposed_sum<16, 1, kBatchRows>(acc, lane);  // lanes 2 i and 2 i + 1 hold row i
 
+    // Two chunks in turn: while one is multiplied, the other is on its way from shared memory.
+    uint4 even[kRows][U], odd[kRows][U] = {};
+    const auto load_chunk = [&](uint4(&w)[kRows][U]) {
+        PROFILE_BEGIN(wait_began);
+        const uint32_t chunk = ring.acquire(chunk_bytes) + lane_offset;
+        PROFILE_END(shared, 5 + op, wait_began);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+            for (int u = 0; u < U; ++u) w[r][u] = load_shared(chunk + r * row_bytes + u * (kUnit * 2));
+    };
+    const auto multiply_chunk = [&](int c, const uint4(&w)[kRows][U], uint4(&next)[kRows][U]) {
         const uint32_t buffer = batch_count % kBatchBuffers, round = batch_count / kBatchBuffers;
-        wait_phase(common::shared_address(&shared.batch_empty[buffer]), (round & 1) ^ 1);
         Batch& batch = shared.batch[buffer];
-        if ((lane & 1) == 0) batch.part[warp][lane >> 1] = acc[0];
-        if (lane == 1) batch.sum_squares[warp] = sum_squares;
-        __syncwarp();
-        if (lane == 0) common::mbarrier_arrive(common::shared_address(&shared.batch_full[buffer]));
-        ++batch_count;
+        if (c % kChunks == 0) wait_phase(common::shared_address(&shared.batch_empty[buffer]), (round & 1) ^ 1);
+        ring.release(chunk_bytes, lane);
+        if (c + 1 < num_chunks) load_chunk(next);
+        float sums[kRows];
+        multiply_rows<U, kRows>(w, x, lane, sums);
+        transposed_sum<16, 1, kRows>(sums, lane);  // kShare lanes hold each row
+        if (lane % kShare == 0) batch.part[warp][c % kChunks * kRows + lane / kShare] = sums[0];
+        if (c % kChunks == kChunks - 1 || c + 1 == num_chunks) {
+            if (lane == 1) batch.sum_squares[warp] = sum_squares;
+            __syncwarp();
+            if (lane == 0) common::mbarrier_arrive(common::shared_address(&shared.batch_full[buffer]));
+            ++batch_count;
+        }
+    };
+    load_chunk(even);
+    if (in.norm != nullptr) {
+#pragma unroll
+        for (int mask = 16; mask > 0; mask >>= 1) sum_squares += __shfl_xor_sync(0xffffffffu, sum_squares, mask);
+    }
+#pragma unroll 1
+    for (int c = 0; c < num_chunks; c += 2) {
+        multiply_chunk(c, even, odd);
+        if (c + 1 < num_chunks) multiply_chunk(c + 1, odd, even);
     }
     PROFILE_END(shared, 10 + op, op_began);
 }

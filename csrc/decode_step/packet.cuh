@@ -73,23 +73,33 @@ __device__ __forceinline__ float await(const uint32_t* p, uint32_t use) {
     return untag(word);
 }
 
-// Polls N vectors of tagged words at p[index(0..N-1)]; the whole warp leaves together, with all words current.
+// Polls N vectors of tagged words at p[index(0..N-1)]; the whole warp leaves together, with all words current. All blocks
+// read the same few lines, so polling costs the L2 more than the data does: the first vector alone is polled until it is
+// there, and what is then still missing of the others.
 template <int N, typename Index>
 __device__ __forceinline__ void await(uint4 (&v)[N], const uint4* p, Index index, uint32_t use) {
+    Watchdog watchdog;
+#ifdef DECODE_STEP_POLL_ALL
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] = load_volatile(p + index(i));
-    Watchdog watchdog;
+#endif
+    v[0] = load_volatile(p + index(0));
+    while (!__all_sync(0xffffffffu, is_current(v[0], use))) {
+        watchdog.check();
+        v[0] = load_volatile(p + index(0));
+    }
+#ifndef DECODE_STEP_POLL_ALL
+#pragma unroll
+    for (int i = 1; i < N; ++i) v[i] = load_volatile(p + index(i));
+#endif
     for (;;) {
         bool done = true;
 #pragma unroll
-        for (int i = 0; i < N; ++i) done &= is_current(v[i], use);
+        for (int i = 1; i < N; ++i) done &= is_current(v[i], use);
         if (__all_sync(0xffffffffu, done)) return;
         watchdog.check();
-#ifdef DECODE_STEP_BACKOFF
-        __nanosleep(DECODE_STEP_BACKOFF);
-#endif
 #pragma unroll
-        for (int i = 0; i < N; ++i)
+        for (int i = 1; i < N; ++i)
             if (!is_current(v[i], use)) v[i] = load_volatile(p + index(i));
     }
 }

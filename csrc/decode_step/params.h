@@ -24,7 +24,7 @@ constexpr int kBatchRows = 16;    // rows that a warp sums across its lanes at o
 constexpr int kBatchBuffers = 4;  // batches of partial rows in flight between math warps and epilogue
 constexpr int kRingSlots = 32;    // chunks in flight at most
 constexpr int kMaxSplits = 16;    // context splits of one kv head
-constexpr int kMaxGroup = 4;      // query heads of one kv head
+constexpr int kMaxGroup = 8;      // query heads of one kv head
 
 enum Op { kQkv = 0, kO = 1, kGateUp = 2, kDown = 3, kHead = 4, kNumOps = 5 };
 
@@ -38,10 +38,17 @@ struct Linear {
     int rows, k;
     int row_unit;  // rows are dealt to blocks in multiples of this
     int units, k_slices, chunk_rows;
+    int row_bits, group_bits;  // log2 of rows_per_warp(units) and of 8 / k_slices
 };
 
-// Rows of a chunk that one warp multiplies: enough for four independent loads a lane.
-__host__ __device__ constexpr int rows_per_warp(int units) { return units == 1 ? 4 : units == 2 ? 2 : 1; }
+// Rows of a chunk that one warp multiplies: kChunkLoads loads of 16 bytes a lane, where rows are short enough.
+#ifndef DECODE_STEP_LOADS
+#define DECODE_STEP_LOADS 8
+#endif
+constexpr int kChunkLoads = DECODE_STEP_LOADS;
+__host__ __device__ constexpr int rows_per_warp(int units) {
+    return units == 1 ? kChunkLoads : units == 2 ? kChunkLoads / 2 : units <= 4 ? kChunkLoads / 4 : 1;
+}
 
 struct Params {
     const LayerPointers* layers;        // [num_layers], device memory
@@ -53,7 +60,7 @@ struct Params {
     int num_layers, hidden_size, num_heads, num_kv_heads, vocab_size;
     float rms_norm_eps, softmax_scale_log2;  // log2(e) / sqrt(D)
     Linear linear[kNumOps];
-    int ring_bytes, max_splits, single_split_tiles;
+    int ring_bytes, max_in_flight, max_splits, single_split_tiles;
 
     // Decode state of the one row: where the step reads its input and leaves its output.
     int64_t* token_id;                  // [1]
@@ -98,21 +105,21 @@ struct AttentionWork {
     int head, split, num_splits, tile_begin, tile_end;
 };
 
-__host__ __device__ inline AttentionWork attention_of_block(const Params& p, int position, int layer, int block, int grid) {
+__host__ __device__ inline AttentionWork attention_of_block(const Params& p, int position, int block) {
     const int tiles = (position + kTileTokens - 1) / kTileTokens;
     int splits = 1;
     if (tiles > p.single_split_tiles)
         while (splits < p.max_splits && 4 * splits <= tiles) splits *= 2;  // two tiles a split, or more
-    const int seat = (block + layer * 61) % grid;
-    if (seat >= p.num_kv_heads * splits) return {-1, 0, splits, 0, 0};
-    const int head = seat / splits, split = seat % splits;
+    // The same blocks in every layer: they keep the instructions of this part in their cache.
+    if (block >= p.num_kv_heads * splits) return {-1, 0, splits, 0, 0};
+    const int head = block / splits, split = block % splits;
     return {head, split, splits, static_cast<int>(static_cast<int64_t>(split) * tiles / splits),
             static_cast<int>(static_cast<int64_t>(split + 1) * tiles / splits)};
 }
 
 // How the columns of a row of length k are dealt to warps; units 0 if that cannot be done.
 inline Linear make_linear(int rows, int k, int row_unit) {
-    Linear linear{rows, k, row_unit, 0, 0, 0};
+    Linear linear{rows, k, row_unit, 0, 0, 0, 0, 0};
     if (k % kUnit != 0) return linear;
     for (int slices = kMathWarps; slices > 0 && linear.units == 0; slices /= 2)
         for (int units : kUnitChoices)
@@ -120,6 +127,8 @@ inline Linear make_linear(int rows, int k, int row_unit) {
                 linear.units = units;
                 linear.k_slices = slices;
                 linear.chunk_rows = rows_per_warp(units) * (kMathWarps / slices);
+                while (1 << linear.row_bits < rows_per_warp(units)) ++linear.row_bits;
+                while (slices << linear.group_bits < kMathWarps) ++linear.group_bits;
             }
     return linear;
 }

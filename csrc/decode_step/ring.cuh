@@ -48,10 +48,12 @@ struct RingReader {
     }
 };
 
+// The ring holds much more than what may be under way at once: beyond what keeps memory busy, requests only queue up in
+// the memory system, and the polls of all blocks queue behind them.
 struct RingLoader {
-    uint32_t base, full, empty, size;
+    uint32_t base, full, empty, size, max_in_flight;  // shared addresses, bytes
     uint32_t* began;
-    uint32_t offset = 0, position = 0, head = 0, tail = 0;
+    uint32_t offset = 0, position = 0, head = 0, tail = 0, landed = 0;
 
     // Copies `bytes` of `source` into the next chunk, which takes `reserved` bytes of the ring.
     __device__ __forceinline__ void push(const void* source, uint32_t bytes, uint32_t reserved) {
@@ -61,7 +63,12 @@ struct RingLoader {
         }
         while (tail != head && (position + reserved - began[tail % kRingSlots] > size || head - tail == kRingSlots)) {
             wait_phase(empty + (tail % kRingSlots) * 8, (tail / kRingSlots) & 1);
+            if (landed == tail) ++landed;
             ++tail;
+        }
+        while (landed != head && position + reserved - began[landed % kRingSlots] > max_in_flight) {
+            wait_phase(full + (landed % kRingSlots) * 8, (landed / kRingSlots) & 1);
+            ++landed;
         }
         began[head % kRingSlots] = position;
         const uint32_t barrier = full + (head % kRingSlots) * 8;

@@ -58,7 +58,7 @@ __device__ __forceinline__ Step make_step(const Params& p, int position, uint32_
 #ifdef DECODE_STEP_PROFILE
 #define PROFILE_BEGIN(name) const int64_t name = clock64()
 #define PROFILE_END(state, slot, name) \
-    if ((threadIdx.x & 31) == 0) atomicAdd(reinterpret_cast<unsigned long long*>(&(state).profile[slot]), clock64() - (name))
+    if (threadIdx.x % kMathThreads == 0) (state).profile[slot] += clock64() - (name)  // math warp 0 and the epilogue warp
 #else
 #define PROFILE_BEGIN(name)
 #define PROFILE_END(state, slot, name)
