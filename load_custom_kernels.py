@@ -98,8 +98,12 @@ def build(names: list[str], archs: list[str]) -> list[Library]:
     jobs = [_Job(name, arch, source) for name in names for arch in archs for source in _sources(name)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = dict(zip(jobs, pool.map(_compile, jobs), strict=True))
-        pairs = [(name, arch) for name in names for arch in archs]
-        return list(pool.map(lambda p: _link(*p, [objects[_Job(*p, source)] for source in _sources(p[0])]), pairs))
+        linked = [
+            pool.submit(_link, name, arch, [objects[_Job(name, arch, source)] for source in _sources(name)])
+            for name in names
+            for arch in archs
+        ]
+        return [future.result() for future in linked]
 
 
 def detect_arch() -> str:
@@ -269,10 +273,10 @@ def _demangle(names: list[str]) -> list[str]:
     if not tool or not names:
         return names
     plain = subprocess.run([tool, *names], capture_output=True, text=True).stdout.splitlines()
-    return [
-        re.sub(r"\(.*$|^void ", "", re.sub(r"\((?:int|bool|unsigned int|[\w:]+)\)(?=[\w-])", "", name))
-        for name in plain
+    plain = [
+        re.sub(r"\(anonymous namespace\)::|\((?:int|bool|unsigned int|[\w:]+)\)(?=[\w-])", "", name) for name in plain
     ]
+    return [re.sub(r"\(.*$|^void ", "", name) for name in plain]
 
 
 def _link(family: str, arch: str, objects: list[_Object]) -> Library:
@@ -306,7 +310,7 @@ def _print_report(library: Library) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", help=f"comma-separated list from {','.join(ARCHS)}; default: this machine's GPU")
     parser.add_argument("--family", help="comma-separated list; default: all")
     args = parser.parse_args()

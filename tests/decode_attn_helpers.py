@@ -41,8 +41,8 @@ def make_case(
     seed: int = 0,
     device: str = "cuda",
 ) -> Case:
-    """Random inputs. `spare_blocks` more blocks a row than needed; `strided` puts the cache inside a wider tensor, sequence
-    major, so that no stride is the default one."""
+    """Random inputs. `spare_blocks` more blocks a row than needed; `strided` puts the cache inside a wider tensor,
+    sequence major, so that no stride is the default one."""
     g = torch.Generator(device=device).manual_seed(seed)
     batch = len(lengths)
     need = max(1, -(-max(lengths) // BLOCK)) + spare_blocks
@@ -51,11 +51,16 @@ def make_case(
     blocks = order.view(batch, need)
     if strided:
         caches = [
-            torch.full((total, BLOCK, num_kv_heads, head_dim + 64), float("nan"), dtype=dtype, device=device)[..., 64:].transpose(1, 2)
+            torch.full((total, BLOCK, num_kv_heads, head_dim + 64), float("nan"), dtype=dtype, device=device)[
+                ..., 64:
+            ].transpose(1, 2)
             for _ in range(2)
         ]
     else:
-        caches = [torch.full((total, num_kv_heads, BLOCK, head_dim), float("nan"), dtype=dtype, device=device) for _ in range(2)]
+        caches = [
+            torch.full((total, num_kv_heads, BLOCK, head_dim), float("nan"), dtype=dtype, device=device)
+            for _ in range(2)
+        ]
     rows: dict = {"block_table": blocks.int().contiguous()} if paged else {"blocks_per_slot": need}
     if shuffled_slots and not paged:
         slots = torch.randperm(batch, generator=g, device=device)
@@ -78,21 +83,26 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T) v in `compute` for one row: q [Hq, D], k and v [Hkv, S, D] -> out [Hq, D], lse [Hq]."""
     if k.shape[1] == 0:
-        return torch.zeros_like(q, dtype=compute), torch.full((q.shape[0],), float("-inf"), dtype=compute, device=q.device)
+        return torch.zeros_like(q, dtype=compute), torch.full(
+            (q.shape[0],), float("-inf"), dtype=compute, device=q.device
+        )
     grouped = q.to(compute).view(k.shape[0], -1, q.shape[-1])
     scores = (grouped @ k.to(compute).transpose(1, 2)) * scale
     out = torch.softmax(scores, -1) @ v.to(compute)
     return out.reshape(q.shape), torch.logsumexp(scores, -1).flatten()
 
 
-def truth(case: Case, compute: torch.dtype = torch.float64, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def truth(
+    case: Case, compute: torch.dtype = torch.float64, scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     scale = case.q.shape[-1] ** -0.5 if scale is None else scale
     lengths = case.lengths.tolist()
     if len(set(lengths)) == 1 and lengths[0] > 0:  # all rows at once
         batch, hq, d = case.q.shape
         used = -(-lengths[0] // BLOCK)
         k, v = (
-            c[case.blocks[:, :used]].transpose(1, 2).flatten(2, 3)[:, :, : lengths[0]].to(compute) for c in (case.k_cache, case.v_cache)
+            c[case.blocks[:, :used]].transpose(1, 2).flatten(2, 3)[:, :, : lengths[0]].to(compute)
+            for c in (case.k_cache, case.v_cache)
         )
         scores = (case.q.to(compute).view(batch, k.shape[1], -1, d) @ k.transpose(2, 3)) * scale
         return (torch.softmax(scores, -1) @ v).reshape(batch, hq, d), torch.logsumexp(scores, -1).view(batch, hq)
@@ -107,7 +117,7 @@ def error(x: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def assert_close(out: torch.Tensor, case: Case, reference: torch.Tensor) -> float:
-    """The numerics contract: at most twice the error of the same op in 16-bit PyTorch, plus one rounding of the output."""
+    """The numerics contract: at most twice the error of the same op in 16-bit PyTorch, plus one rounding."""
     allowed = 2 * error(truth(case, case.q.dtype)[0], reference) + torch.finfo(case.q.dtype).eps
     found = error(out, reference)
     assert found <= allowed, f"relative error {found:.2e}, allowed {allowed:.2e}"

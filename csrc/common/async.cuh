@@ -11,7 +11,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- mbarrier: a phase ends when `count` arrivals (and, with TMA, the announced bytes) are in; `parity` names the phase.
+// ---- mbarrier: a phase ends when `count` arrivals (and, with TMA, the announced bytes) are in; `parity` names the
+// phase.
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -37,7 +38,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
     }
 }
 
-// ---- cp.async: 16 bytes a thread. The arrival counts as one of the barrier's `count` once this thread's copies have landed.
+// ---- cp.async: 16 bytes a thread. The arrival counts as one of the barrier's `count` once this thread's copies have
+// landed.
 __device__ __forceinline__ void cp_async_16(uint32_t target, const void* source) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
@@ -73,7 +75,6 @@ __device__ __forceinline__ void allow_next_kernel() {
 __device__ __forceinline__ void fence_barrier_init() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
@@ -91,7 +92,8 @@ __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes
 }
 
 // One box of a 5-D tensor, read once: it leaves L2 first.
-__device__ __forceinline__ void tma_load_5d(uint32_t target, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2, int c3, int c4) {
+__device__ __forceinline__ void tma_load_5d(uint32_t target, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
+                                            int c2, int c3, int c4) {
 #if __CUDA_ARCH__ >= 900
     constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // the encoding of createpolicy.fractional.L2::evict_first
     asm volatile(

@@ -1,11 +1,11 @@
-#include "decode_attn/launch.h"
-
 #include <mutex>
 #include <set>
 #include <stdexcept>
 #include <string>
 
 #include "common/cuda_check.h"
+#include "decode_attn/ladder.h"
+#include "decode_attn/launch.h"
 #include "decode_attn/tile_load.cuh"
 
 namespace decode_attn {
@@ -20,28 +20,35 @@ void require(bool holds, const std::string& message) {
 }
 
 void check(const Params& p, const Launch& how) {
-    require(how.head_dim == 64 || how.head_dim == 128, "head_dim is " + std::to_string(how.head_dim) + "; supported: 64, 128");
+    require(how.head_dim == 64 || how.head_dim == 128,
+            "head_dim is " + std::to_string(how.head_dim) + "; supported: 64, 128");
     require(p.batch >= 1 && p.num_kv_heads >= 1, "batch and num_kv_heads must be at least 1");
-    require(p.group >= 1 && p.group <= kMaxGroup,
-            "num_heads / num_kv_heads is " + std::to_string(p.group) + "; supported: 1 to " + std::to_string(kMaxGroup));
+    require(p.group >= 1 && p.group <= kMaxGroup, "num_heads / num_kv_heads is " + std::to_string(p.group) +
+                                                      "; supported: 1 to " + std::to_string(kMaxGroup));
     require(how.grid >= 1, "grid must be at least 1");
-    const int64_t strides[] = {p.stride_k_block, p.stride_k_head, p.stride_k_token, p.stride_v_block, p.stride_v_head, p.stride_v_token};
-    for (const int64_t stride : strides) require(stride > 0 && stride % 8 == 0, "cache strides must be positive multiples of 8 elements");
+    const int64_t strides[] = {p.stride_k_block, p.stride_k_head, p.stride_k_token,
+                               p.stride_v_block, p.stride_v_head, p.stride_v_token};
+    for (const int64_t stride : strides)
+        require(stride > 0 && stride % 8 == 0, "cache strides must be positive multiples of 8 elements");
     const void* aligned[] = {p.k_cache, p.v_cache};
-    for (const void* x : aligned) require(reinterpret_cast<uintptr_t>(x) % 16 == 0, "k_cache and v_cache must be 16-byte aligned");
+    for (const void* x : aligned)
+        require(reinterpret_cast<uintptr_t>(x) % 16 == 0, "k_cache and v_cache must be 16-byte aligned");
     require(p.stride_q_row % 2 == 0 && p.stride_q_head % 2 == 0, "q strides must be even");
     require(!how.fused || (p.cos && p.sin), "the fused kernel needs cos and sin");
+    require(!how.fused || how.version >= Version::kRing, "this version has no fused form; choose ring or tma");
 }
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 // Asked of the runtime, not linked: the library must load where there is no driver.
 EncodeTiled encode_tiled() {
     static const EncodeTiled function = [] {
         void* entry = nullptr;
         cudaDriverEntryPointQueryResult found;
-        CHECK_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
+        CHECK_CUDA(
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
         if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("this driver has no cuTensorMapEncodeTiled");
         return reinterpret_cast<EncodeTiled>(entry);
     }();
@@ -49,24 +56,29 @@ EncodeTiled encode_tiled() {
 }
 
 // The cache as (column in a panel of 64, token, panel, kv head, block); a box is one tile.
-CUtensorMap tile_map(const void* cache, const Launch& how, int num_kv_heads, int64_t stride_block, int64_t stride_head, int64_t stride_token) {
+CUtensorMap tile_map(const void* cache, const Launch& how, int num_kv_heads, int64_t stride_block, int64_t stride_head,
+                     int64_t stride_token) {
     const cuuint32_t panels = how.head_dim / 64;
     const cuuint64_t sizes[] = {64, kBlockSize, panels, cuuint64_t(num_kv_heads), cuuint64_t(how.num_blocks)};
-    const cuuint64_t strides[] = {cuuint64_t(stride_token) * 2, 128, cuuint64_t(stride_head) * 2, cuuint64_t(stride_block) * 2};
+    const cuuint64_t strides[] = {cuuint64_t(stride_token) * 2, 128, cuuint64_t(stride_head) * 2,
+                                  cuuint64_t(stride_block) * 2};
     const cuuint32_t box[] = {64, kBlockSize, panels, 1, 1};
     const cuuint32_t steps[] = {1, 1, 1, 1, 1};
-    const auto type = how.dtype == common::Dtype::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    const auto type =
+        how.dtype == common::Dtype::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     CUtensorMap map;
-    const CUresult status =
-        encode_tiled()(&map, type, 5, const_cast<void*>(cache), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(status));
+    const CUresult status = encode_tiled()(&map, type, 5, const_cast<void*>(cache), sizes, strides, box, steps,
+                                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                           CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS)
+        throw std::runtime_error("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(status));
     return map;
 }
 
 const void* select_kernel(const Launch& how, Loader loader) {
     if (how.dtype == common::Dtype::kBFloat16) {
-        return how.head_dim == 64 ? kernel_for<__nv_bfloat16, 64>(loader, how.fused) : kernel_for<__nv_bfloat16, 128>(loader, how.fused);
+        return how.head_dim == 64 ? kernel_for<__nv_bfloat16, 64>(loader, how.fused)
+                                  : kernel_for<__nv_bfloat16, 128>(loader, how.fused);
     }
     return how.head_dim == 64 ? kernel_for<__half, 64>(loader, how.fused) : kernel_for<__half, 128>(loader, how.fused);
 }
@@ -92,17 +104,25 @@ void allow_shared_memory(const void* kernel, int bytes) {
 
 }  // namespace
 
+int64_t workspace_floats(Version version, int batch, int num_heads, int num_kv_heads, int head_dim, int grid) {
+    if (version >= Version::kRing) return int64_t(grid) * kPartialFloats;
+    const int64_t parts = ladder_parts(version, batch, num_heads, num_kv_heads, grid);
+    return parts == 1 ? 0 : parts * batch * num_heads * (head_dim + 2);
+}
+
 void launch(Params p, const Launch& how) {
     check(p, how);
+    if (how.version < Version::kRing) return launch_ladder(p, how);
     const Loader loader = how.version == Version::kTma ? Loader::kTma : Loader::kCpAsync;
     const void* kernel = select_kernel(how, loader);
 
     const int limit = shared_memory_limit();
-    p.stages = kMaxStages;
-    while (p.stages > 1 && SharedLayout::of(how.head_dim, p.group, p.batch, p.stages).bytes > limit) --p.stages;
+    p.stages = max_stages(how.head_dim);
+    while (p.stages > kTileGroups && SharedLayout::of(how.head_dim, p.group, p.batch, p.stages).bytes > limit)
+        p.stages -= kTileGroups;
     const int bytes = SharedLayout::of(how.head_dim, p.group, p.batch, p.stages).bytes;
-    require(p.stages >= kTileGroups && bytes <= limit,
-            "batch " + std::to_string(p.batch) + " needs " + std::to_string(bytes) + " bytes of shared memory, this GPU has " + std::to_string(limit));
+    require(bytes <= limit, "batch " + std::to_string(p.batch) + " needs " + std::to_string(bytes) +
+                                " bytes of shared memory, this GPU has " + std::to_string(limit));
     allow_shared_memory(kernel, limit);
 
     TensorMaps maps{};

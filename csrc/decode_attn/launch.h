@@ -14,14 +14,17 @@ struct Launch {
     int head_dim;
     int num_blocks;  // of the caches
     bool fused;
-    bool pdl;        // programmatic dependent launch
-    int grid;        // thread blocks; `partials` has room for as many
+    bool pdl;  // programmatic dependent launch
+    int grid;  // thread blocks; `partials` has room for as many
     Version version;
     cudaStream_t stream;
 };
 
-// Throws std::invalid_argument for what the kernels do not support (before any CUDA call), std::runtime_error if CUDA fails.
-// `params.stages` is chosen here.
+// Floats of `partials` that a launch needs. Versions kRing and kTma need them kEmptyWord, and leave them so.
+int64_t workspace_floats(Version version, int batch, int num_heads, int num_kv_heads, int head_dim, int grid);
+
+// Throws std::invalid_argument for what the kernels do not support (before any CUDA call), std::runtime_error if CUDA
+// fails. `params.stages` is chosen here.
 void launch(Params params, const Launch& how);
 
 }  // namespace decode_attn

@@ -1,11 +1,12 @@
-// From the warps' states to the output: first over the warps of the block in shared memory, then, where a unit was cut, over
-// the blocks through global memory.
+// From the warps' states to the output: first over the warps of the block in shared memory, then, where a unit was cut,
+// over the blocks through global memory.
 //
 // Between blocks every 32-bit word of a partial is its own flag. At rest a word is kEmptyWord, a NaN that no arithmetic
-// produces; a block publishes by plain relaxed stores, the block that finishes the unit reads a word until it is no longer
-// empty, and puts kEmptyWord back. No fence, no counter, one trip through L2, and the workspace is clean for the next launch.
-// The reader waits only for blocks of lower blockIdx (see kernel.cuh), which the hardware started before it and which
-// themselves wait for nobody, so the wait ends. Partials are added in the order of their ranges: a repeat is bitwise equal.
+// produces; a block publishes by plain relaxed stores, the block that finishes the unit reads a word until it is no
+// longer empty, and puts kEmptyWord back. No fence, no counter, one trip through L2, and the workspace is clean for the
+// next launch. The reader waits only for blocks of lower blockIdx (see kernel.cuh), which the hardware started before
+// it and which themselves wait for nobody, so the wait ends. Partials are added in the order of their ranges: a repeat
+// is bitwise equal.
 #pragma once
 #include "decode_attn/schedule.cuh"
 #include "decode_attn/tile_math.cuh"
@@ -14,123 +15,116 @@ namespace decode_attn {
 
 constexpr int kMergeBarrier = 1;
 
-__device__ __forceinline__ float2 load_relaxed(const float* address) {
-    float2 x;
-    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(address) : "memory");
+__device__ __forceinline__ float4 load_relaxed(const float* address) {
+    float4 x;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "l"(address)
+                 : "memory");
     return x;
+}
+
+__device__ __forceinline__ void store_relaxed(float* address, float4 x) {
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x.x), "f"(x.y), "f"(x.z),
+                 "f"(x.w)
+                 : "memory");
 }
 
 __device__ __forceinline__ void store_relaxed(float* address, float2 x) {
     asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(x.x), "f"(x.y) : "memory");
 }
 
-__device__ __forceinline__ bool is_empty(float2 x) {
-    return __float_as_uint(x.x) == kEmptyWord || __float_as_uint(x.y) == kEmptyWord;
+__device__ __forceinline__ bool is_empty(float x) {
+    return __float_as_uint(x) == kEmptyWord;
+}
+__device__ __forceinline__ bool is_empty(float4 x) {
+    return is_empty(x.x) || is_empty(x.y) || is_empty(x.z) || is_empty(x.w);
 }
 
-__device__ __forceinline__ void clear(float* address) {
-    store_relaxed(address, {__uint_as_float(kEmptyWord), __uint_as_float(kEmptyWord)});
-}
-
-// Two neighbouring columns of one head: the unit in which threads merge. 32 threads of a warp share the head.
+// Two neighbouring columns of one head: what a thread merges at a time.
 struct ColumnPair {
-    SoftmaxState state;
-    float2 o;
+    SoftmaxState state = SoftmaxState::empty();
+    float2 o = {0.0f, 0.0f};
 };
 
-// Places the state of every warp in shared memory. Layout: O [warp][head][head_dim + 4], (max, sum) [warp][head].
+// Writes this warp's state to `target` (see state_stride) in shared memory.
 template <int kHeadDim>
-__device__ void stage_warp_state(WarpState<kHeadDim>& state, float* merge, SoftmaxState* stats, int group, int warp, int lane) {
+__device__ void stage_warp_state(WarpState<kHeadDim>& state, float* target, int group, int lane) {
     state.reduce();
     const int r = lane / 4, c = 2 * (lane & 3);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         if (c + h >= group) break;
-        if (r == 0) stats[warp * kMaxGroup + c + h] = state.head[h];
-        float* o = merge + (warp * group + c + h) * (kHeadDim + 4) + r;
+        float* row = target + (c + h) * state_stride(kHeadDim);
+        if (r == 0) *reinterpret_cast<float4*>(row + kHeadDim) = {state.head[h].max, state.head[h].sum, 0.0f, 0.0f};
 #pragma unroll
         for (int i = 0; i < kHeadDim / 16; ++i) {
-            o[16 * i] = state.o[i][h];
-            o[16 * i + 8] = state.o[i][h + 2];
+            row[16 * i + r] = state.o[i][h];
+            row[16 * i + 8 + r] = state.o[i][h + 2];
         }
     }
 }
 
+// Adds `count` states in shared memory, in order. `first` points at the head's row of the first, `distance` floats
+// apart.
 template <int kHeadDim>
-__device__ ColumnPair merge_warps(const float* merge, const SoftmaxState* stats, int group, int head, int column) {
-    ColumnPair total{SoftmaxState::empty(), {0.0f, 0.0f}};
-#pragma unroll
-    for (int warp = 0; warp < kConsumerWarps; ++warp) total.state.max = fmaxf(total.state.max, stats[warp * kMaxGroup + head].max);
-#pragma unroll
-    for (int warp = 0; warp < kConsumerWarps; ++warp) {
-        const SoftmaxState part = stats[warp * kMaxGroup + head];
-        const float factor = part.factor(total.state.max);
-        const float2 o = *reinterpret_cast<const float2*>(merge + (warp * group + head) * (kHeadDim + 4) + column);
-        total.state.sum += factor * part.sum;
+__device__ __forceinline__ void add_states(ColumnPair& total, const float* first, int count, int distance, int column) {
+    float top = total.state.max;
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) top = fmaxf(top, first[i * distance + kHeadDim]);
+    const float own = total.state.factor(top);
+    total = {{top, total.state.sum * own}, {total.o.x * own, total.o.y * own}};
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+        const float* row = first + i * distance;
+        const float2 part = *reinterpret_cast<const float2*>(row + kHeadDim),
+                     o = *reinterpret_cast<const float2*>(row + column);
+        const float factor = SoftmaxState{part.x, part.y}.factor(top);
+        total.state.sum += factor * part.y;
         total.o.x += factor * o.x;
         total.o.y += factor * o.y;
     }
-    return total;
 }
 
-// A block's partial in global memory: O [group][head_dim], then (max, sum) once for every warp that reads it.
+// A merged state, pair by pair, to shared memory, or to global memory for another block.
 template <int kHeadDim>
-struct Partial {
-    float *o, *stats;
-    __device__ Partial(float* partials, int range, int group, int head, int column) {
-        float* base = partials + int64_t(range) * kPartialFloats;
-        o = base + head * kHeadDim + column;
-        stats = base + group * kHeadDim + 2 * (head * (kHeadDim / 64) + column / 64);
-    }
-};
-
-template <int kHeadDim>
-__device__ void publish(const ColumnPair& part, float* partials, int range, int group, int head, int column, int lane) {
-    const Partial<kHeadDim> slot(partials, range, group, head, column);
-    store_relaxed(slot.o, part.o);
-    if (lane == 0) store_relaxed(slot.stats, {part.state.max, part.state.sum});
+__device__ __forceinline__ void keep(const ColumnPair& part, float* row, int column) {
+    *reinterpret_cast<float2*>(row + column) = part.o;
+    if (column == 0) *reinterpret_cast<float4*>(row + kHeadDim) = {part.state.max, part.state.sum, 0.0f, 0.0f};
 }
 
-// Adds the partials of ranges [first, last] to `total`. All 32 lanes of the warp hold one head; each lane reads the
-// (max, sum) of one range, and its own columns of every range.
 template <int kHeadDim>
-__device__ void collect(ColumnPair& total, float* partials, int first, int last, int group, int head, int column, int lane) {
-    constexpr int kBatch = 16;  // loads in flight
-    for (; first <= last; first += kBatch) {
-        const int count = min(kBatch, last - first + 1);
-        float2 o[kBatch];
+__device__ __forceinline__ void publish(const ColumnPair& part, float* row, int column) {
+    store_relaxed(row + column, part.o);
+    if (column == 0) store_relaxed(row + kHeadDim, float4{part.state.max, part.state.sum, 0.0f, 0.0f});
+}
+
+// Copies `words` published floats (a multiple of 4) to shared memory and empties them. A word that has not come yet is
+// asked for again, so the wait costs one trip through L2 after the last arrival. All kConsumerThreads threads take
+// part.
+__device__ __forceinline__ void take_published(float* target, float* source, int words) {
+    constexpr int kInFlight = 8, kStep = 4 * kConsumerThreads;
+    const float empty = __uint_as_float(kEmptyWord);
+#pragma unroll 1
+    for (int start = 4 * threadIdx.x; start < words; start += kInFlight * kStep) {
+        float4 x[kInFlight];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            if (i < count) o[i] = load_relaxed(Partial<kHeadDim>(partials, first + i, group, head, column).o);
-        }
-        SoftmaxState mine = SoftmaxState::empty();
-        if (lane < count) {
-            float* stats = Partial<kHeadDim>(partials, first + lane, group, head, column).stats;
-            float2 x = load_relaxed(stats);
-            while (is_empty(x)) x = load_relaxed(stats);
-            clear(stats);
-            mine = {x.x, x.y};
-        }
-        float top = fmaxf(mine.max, total.state.max);
+        for (int i = 0; i < kInFlight; ++i) x[i] = {start + i * kStep < words ? empty : 0.0f, 0.0f, 0.0f, 0.0f};
+        bool missing;
+        do {
+            missing = false;
 #pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
-        const float own = total.state.rescale(top), factor = mine.factor(top);
-        float sum = factor * mine.sum;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-        total.state.sum += sum;
-        total.o.x *= own;
-        total.o.y *= own;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const float weight = __shfl_sync(~0u, factor, i);
-            if (i < count) {
-                float* address = Partial<kHeadDim>(partials, first + i, group, head, column).o;
-                while (is_empty(o[i])) o[i] = load_relaxed(address);
-                clear(address);
-                total.o.x += weight * o[i].x;
-                total.o.y += weight * o[i].y;
+            for (int i = 0; i < kInFlight; ++i) {
+                if (is_empty(x[i])) x[i] = load_relaxed(source + start + i * kStep);
             }
+#pragma unroll
+            for (int i = 0; i < kInFlight; ++i) missing |= is_empty(x[i]);
+        } while (missing);
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            if (start + i * kStep >= words) break;
+            *reinterpret_cast<float4*>(target + start + i * kStep) = x[i];
+            store_relaxed(source + start + i * kStep, float4{empty, empty, empty, empty});
         }
     }
 }
@@ -146,8 +140,9 @@ __device__ __forceinline__ void write_output(const ColumnPair& total, const Para
 // The output of a row that attends to nothing.
 template <typename T, int kHeadDim>
 __device__ void write_zeros(const Params& p, int row) {
+#pragma unroll 1
     for (int pair = threadIdx.x; pair < p.num_kv_heads * p.group * (kHeadDim / 2); pair += kConsumerThreads) {
-        write_output<T>({SoftmaxState::empty(), {0.0f, 0.0f}}, p, row, pair / (kHeadDim / 2), pair % (kHeadDim / 2) * 2);
+        write_output<T>(ColumnPair{}, p, row, pair / (kHeadDim / 2), pair % (kHeadDim / 2) * 2);
     }
 }
 

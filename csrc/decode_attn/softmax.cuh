@@ -1,7 +1,8 @@
-// The online-softmax state, in the base-2 domain: scores are multiplied by scale * log2(e) so that exp is one instruction.
+// The online-softmax state, in the base-2 domain: scores are multiplied by scale * log2(e) so that exp is one
+// instruction.
 //
-// A state stands for a set of tokens: `max` is their largest score, `sum` = sum of 2^(score - max). The weighted values that
-// belong to it are kept beside it and scaled by the same factors. The empty set is (-inf, 0).
+// A state stands for a set of tokens: `max` is their largest score, `sum` = sum of 2^(score - max). The weighted values
+// that belong to it are kept beside it and scaled by the same factors. The empty set is (-inf, 0).
 #pragma once
 
 namespace decode_attn {
@@ -29,7 +30,7 @@ struct SoftmaxState {
     }
 
     // 1 / sum, the factor that finishes the values; 0 for the empty set, whose output is zero.
-    __device__ float normalizer() const { return max == -INFINITY ? 0.0f : 1.0f / sum; }
+    __device__ float normalizer() const { return max == -INFINITY ? 0.0f : __fdividef(1.0f, sum); }
 
     // Natural-log sum of exponentials of the scaled scores; -inf for the empty set.
     __device__ float log_sum_exp() const { return (max + __log2f(sum)) * 0.6931471805599453f; }

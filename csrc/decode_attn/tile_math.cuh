@@ -1,8 +1,8 @@
 // One warp's mathematics on 16 tokens (a slice) of one unit, all query heads of the group at once.
 //
-// S^T [16 tokens x 8 heads] = K Q^T, then O^T [head_dim x 8 heads] += V^T P^T: tokens and columns fill the 16-wide side of
-// the tensor-core tile, heads its 8-wide side, so a group of 8 wastes nothing. A thread holds the heads 2 * (lane % 4) and
-// the next one, in S^T and in O^T alike, so the softmax factors never move between threads.
+// S^T [16 tokens x 8 heads] = K Q^T, then O^T [head_dim x 8 heads] += V^T P^T: tokens and columns fill the 16-wide side
+// of the tensor-core tile, heads its 8-wide side, so a group of 8 wastes nothing. A thread holds the heads 2 * (lane %
+// 4) and the next one, in S^T and in O^T alike, so the softmax factors never move between threads.
 #pragma once
 #include "common/async.cuh"
 #include "common/mma.cuh"
@@ -50,14 +50,19 @@ struct SliceAddress {
         v_chunk = (((lane >> 3) & 1) ^ (lane & 7)) * 16;
     }
     // K: 16 tokens x columns 16 i..; V: transposed, columns 16 i.. x 16 tokens
-    __device__ uint32_t k(int i) const { return (i / 4) * (kBlockSize * kStagedRowBytes) + k_row + (k_chunk ^ ((i & 3) * 32)); }
-    __device__ uint32_t v(int i) const { return (i / 4) * (kBlockSize * kStagedRowBytes) + v_row + (v_chunk ^ ((i & 3) * 32)); }
+    __device__ uint32_t k(int i) const {
+        return (i / 4) * (kBlockSize * kStagedRowBytes) + k_row + (k_chunk ^ ((i & 3) * 32));
+    }
+    __device__ uint32_t v(int i) const {
+        return (i / 4) * (kBlockSize * kStagedRowBytes) + v_row + (v_chunk ^ ((i & 3) * 32));
+    }
 };
 
-// Softmax of a slice's scores s (S^T fragment, unscaled) and their move to P^T. Tokens >= `tokens` of the 16 count as absent.
+// Softmax of a slice's scores s (S^T fragment, unscaled) and their move to P^T. Tokens >= `tokens` of the 16 count as
+// absent.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void slice_softmax(WarpState<kHeadDim>& state, float (&s)[4], int tokens, float scale_log2, int lane,
-                                              uint32_t& p0, uint32_t& p1) {
+__device__ __forceinline__ void slice_softmax(WarpState<kHeadDim>& state, float (&s)[4], int tokens, float scale_log2,
+                                              int lane, uint32_t& p0, uint32_t& p1) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[i] = lane / 4 + (i / 2) * 8 < tokens ? s[i] * scale_log2 : -INFINITY;
     float factor[2];
@@ -82,27 +87,29 @@ __device__ __forceinline__ void slice_softmax(WarpState<kHeadDim>& state, float 
     p1 = common::transpose_8x8(common::Pack<T>::from_floats(s[2], s[3]));
 }
 
-// Bits of the A registers (a0, a1: tokens c, c + 1; a2, a3: 8 more) that belong to the first `tokens` tokens of a slice.
-// A weight of zero does not silence a NaN beside it, so absent values are masked, not multiplied.
+// Bits of the A registers (a0, a1: tokens c, c + 1; a2, a3: 8 more) that belong to the first `tokens` tokens of a
+// slice. A weight of zero does not silence a NaN beside it, so absent values are masked, not multiplied.
 __device__ __forceinline__ void value_masks(int tokens, int lane, uint32_t& low, uint32_t& high) {
     const int c = 2 * (lane & 3);
     low = (c < tokens ? 0x0000ffffu : 0u) | (c + 1 < tokens ? 0xffff0000u : 0u);
     high = (c + 8 < tokens ? 0x0000ffffu : 0u) | (c + 9 < tokens ? 0xffff0000u : 0u);
 }
 
-// Takes the slice at `stage` (shared address of a K tile, its V tile behind it), of which the first `tokens` (>= 1) exist.
+// Takes the slice at `stage` (shared address of a K tile, its V tile behind it), of which the first `tokens` (>= 1)
+// exist.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void attend_slice(WarpState<kHeadDim>& state, const QueryFragments<kHeadDim>& q, uint32_t stage,
-                                             const SliceAddress& at, int tokens, float scale_log2, int lane) {
-    float s[4] = {}, s_odd[4] = {};  // two chains, for half the latency
+__device__ __forceinline__ void attend_slice(WarpState<kHeadDim>& state, const QueryFragments<kHeadDim>& q,
+                                             uint32_t stage, const SliceAddress& at, int tokens, float scale_log2,
+                                             int lane) {
+    float s[4] = {}, chain[3][4] = {};  // four chains of products, for a quarter of the latency
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
         uint32_t k[4];
         common::ldmatrix_x4(k, stage + at.k(i));
-        common::mma<T>(i & 1 ? s_odd : s, k, q.b[i][0], q.b[i][1]);
+        common::mma<T>(i % 4 ? chain[i % 4 - 1] : s, k, q.b[i][0], q.b[i][1]);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[i] += s_odd[i];
+    for (int i = 0; i < 4; ++i) s[i] = (s[i] + chain[0][i]) + (chain[1][i] + chain[2][i]);
     uint32_t p0, p1, low, high;
     slice_softmax<T>(state, s, tokens, scale_log2, lane, p0, p1);
     value_masks(tokens, lane, low, high);

@@ -44,11 +44,12 @@ def decode_attn(
 ) -> torch.Tensor:
     """Attention of q [B, num_heads, head_dim] over the first context_lens[i] (int32 [B]) tokens of each row's cache.
 
-    Returns out [B, num_heads, head_dim]; a row of length 0 is zero. `scale` defaults to head_dim ** -0.5. `lse`, if given,
-    is fp32 [B, num_heads] and receives the natural-log sum of exponentials (-inf for length 0). `workspace` is one
-    make_workspace(); calls that may run at the same time need different ones (by default there is one a stream, and one for
-    captured graphs). `version` names a step of VERSIONS (default: the fastest here), `grid` the number of thread blocks and
-    `min_tiles` the least work of each (0: chosen here). `pdl` lets the launch overlap the previous kernel's end.
+    Returns out [B, num_heads, head_dim]; a row of length 0 is zero. `scale` defaults to head_dim ** -0.5. `lse`, if
+    given, is fp32 [B, num_heads] and receives the natural-log sum of exponentials (-inf for length 0). `workspace` is
+    one make_workspace(); calls that may run at the same time need different ones (by default there is one a stream, and
+    one for all captured graphs). `version` names a step of VERSIONS (default: the fastest here), `grid` the number of
+    thread blocks and `min_tiles` the least work of each (0: chosen here). `pdl` lets the launch overlap the previous
+    kernel's end.
 
     Raises UserError naming the tensor and the shape expected; KernelBuildError if the kernels cannot be built.
     """
@@ -60,9 +61,13 @@ def decode_attn(
     _check_dtype("q", q, k_cache)
     _check_rows(batch, k_cache, context_lens, "context_lens", slots, blocks_per_slot, block_table)
     out = _output(out, q)
-    if lse is not None and (tuple(lse.shape) != (batch, num_heads) or lse.dtype != torch.float32 or not lse.is_contiguous()):
+    if lse is not None and (
+        tuple(lse.shape) != (batch, num_heads) or lse.dtype != torch.float32 or not lse.is_contiguous()
+    ):
         raise _wrong("lse", lse, f"contiguous float32 [{batch}, {num_heads}]")
-    _check_device(k_cache, q=q, v_cache=v_cache, context_lens=context_lens, slots=slots, block_table=block_table, out=out, lse=lse)
+    _check_device(
+        k_cache, q=q, v_cache=v_cache, context_lens=context_lens, slots=slots, block_table=block_table, out=out, lse=lse
+    )
     scale = shape["head_dim"] ** -0.5 if scale is None else scale
     options = (_version(version), pdl, grid, min_tiles)
     torch.ops.llama3.decode_attn(
@@ -92,14 +97,14 @@ def rope_append_decode(
 ) -> torch.Tensor:
     """One launch: rotate q and k, append k and v to the cache, attend to the cache with the new token.
 
-    qkv is [B, (num_heads + 2 num_kv_heads) * head_dim]: all query heads, then all key heads, then all value heads. cos and
-    sin are fp32 [max_position, head_dim / 2] (half-split layout). positions is int32 [B]: the index of the new token, which
-    is the number of tokens in the row's cache; the row's blocks must reach it. A row with position < 0 is inactive: its
-    output is zero and nothing is appended. Returns out [B, num_heads * head_dim]. Other arguments as in decode_attn; only
-    the versions "ring" and "tma" exist.
+    qkv is [B, (num_heads + 2 num_kv_heads) * head_dim]: all query heads, then all key heads, then all value heads. cos
+    and sin are fp32 [max_position, head_dim / 2] (half-split layout). positions is int32 [B]: the index of the new
+    token, which is the number of tokens in the row's cache; the row's blocks must reach it. A row with position < 0 is
+    inactive: its output is zero and nothing is appended. Returns out [B, num_heads * head_dim]. Other arguments as in
+    decode_attn; only the versions "ring" and "tma" exist.
 
-    With `pdl`, positions, slots, block_table and the cached tokens are read before the previous kernel has ended: they must
-    have been written by an earlier one.
+    With `pdl`, positions, slots, block_table and the cached tokens are read before the previous kernel has ended: they
+    must have been written by an earlier one.
     """
     shape = _cache_shape(k_cache, v_cache)
     head_dim, num_kv_heads = shape["head_dim"], shape["num_kv_heads"]
@@ -109,7 +114,12 @@ def rope_append_decode(
     _check_heads(num_heads, num_kv_heads)
     _check_dtype("qkv", qkv, k_cache)
     for name, table in (("cos", cos), ("sin", sin)):
-        if table.dim() != 2 or table.shape[1] != head_dim // 2 or table.dtype != torch.float32 or not table.is_contiguous():
+        if (
+            table.dim() != 2
+            or table.shape[1] != head_dim // 2
+            or table.dtype != torch.float32
+            or not table.is_contiguous()
+        ):
             raise _wrong(name, table, f"contiguous float32 [max_position, {head_dim // 2}]")
     _check_rows(batch, k_cache, positions, "positions", slots, blocks_per_slot, block_table)
     if out is None:
@@ -117,7 +127,15 @@ def rope_append_decode(
     if tuple(out.shape) != (batch, num_heads * head_dim) or out.dtype != qkv.dtype or out.stride(1) != 1:
         raise _wrong("out", out, f"{qkv.dtype} [{batch}, {num_heads * head_dim}] with contiguous columns")
     _check_device(
-        k_cache, qkv=qkv, v_cache=v_cache, cos=cos, sin=sin, positions=positions, slots=slots, block_table=block_table, out=out
+        k_cache,
+        qkv=qkv,
+        v_cache=v_cache,
+        cos=cos,
+        sin=sin,
+        positions=positions,
+        slots=slots,
+        block_table=block_table,
+        out=out,
     )
     scale = head_dim**-0.5 if scale is None else scale
     options = (_version(version), pdl, grid, min_tiles)
@@ -128,9 +146,9 @@ def rope_append_decode(
 
 
 def make_workspace(device: torch.device | str = "cuda") -> torch.Tensor:
-    """Scratch for one caller at a time on `device`: fp32 partials of cut units, empty between launches (int32 bit patterns)."""
+    """Scratch for one caller at a time on `device`: fp32 partials, all empty between launches (int32 bit patterns)."""
     device = torch.device(device)
-    words = _grid(device) * library().partial_floats
+    words = library().workspace_floats(VERSIONS.index("tma"), 1, 1, 1, 128, _grid(device))
     return torch.full((words,), _signed(library().empty_word), dtype=torch.int32, device=device)
 
 
@@ -165,7 +183,9 @@ def _workspace(device: torch.device) -> torch.Tensor:
     key = (device, "capture" if capturing else torch.cuda.current_stream(device).cuda_stream)
     if key not in _workspaces:
         if capturing:  # an allocation now would belong to the graph
-            raise UserError("decode attention was captured before its first run: run it once, or pass workspace=make_workspace()")
+            raise UserError(
+                "decode attention was captured before its first run: run it once, or pass workspace=make_workspace()"
+            )
         _workspaces[key] = make_workspace(device)
         _workspaces.setdefault((device, "capture"), make_workspace(device))
     return _workspaces[key]
@@ -195,7 +215,8 @@ def _cache_shape(k_cache: torch.Tensor, v_cache: torch.Tensor) -> dict[str, int]
 def _check_heads(num_heads: int, num_kv_heads: int) -> None:
     if num_heads % num_kv_heads or not 1 <= num_heads // num_kv_heads <= MAX_GROUP:
         raise UserError(
-            f"decode attention: {num_heads} query heads over {num_kv_heads} kv heads; expected 1 to {MAX_GROUP} times as many"
+            f"decode attention: {num_heads} query heads over {num_kv_heads} kv heads; "
+            f"expected 1 to {MAX_GROUP} times as many"
         )
 
 
@@ -218,15 +239,24 @@ def _check_rows(
     if batch < 1:
         raise UserError("decode attention: the batch is empty")
     for label, tensor in ((name, lengths), ("slots", slots)):
-        if tensor is not None and (tuple(tensor.shape) != (batch,) or tensor.dtype != torch.int32 or tensor.stride(0) != 1):
+        if tensor is not None and (
+            tuple(tensor.shape) != (batch,) or tensor.dtype != torch.int32 or tensor.stride(0) != 1
+        ):
             raise _wrong(label, tensor, f"contiguous int32 [{batch}]")
     if block_table is not None:
         if slots is not None or blocks_per_slot:
             raise UserError("decode attention: give slots and blocks_per_slot, or block_table, not both")
-        if block_table.dim() != 2 or block_table.shape[0] != batch or block_table.dtype != torch.int32 or block_table.stride(1) != 1:
+        if (
+            block_table.dim() != 2
+            or block_table.shape[0] != batch
+            or block_table.dtype != torch.int32
+            or block_table.stride(1) != 1
+        ):
             raise _wrong("block_table", block_table, f"int32 [{batch}, max_blocks] with contiguous columns")
     elif blocks_per_slot < 1:
-        raise UserError(f"decode attention: blocks_per_slot is {blocks_per_slot}; without a block_table it must be at least 1")
+        raise UserError(
+            f"decode attention: blocks_per_slot is {blocks_per_slot}; without a block_table it must be at least 1"
+        )
     elif slots is None and batch * blocks_per_slot > k_cache.shape[0]:
         raise _wrong("k_cache", k_cache, f"at least {batch} slots x {blocks_per_slot} blocks")
 
@@ -234,7 +264,12 @@ def _check_rows(
 def _output(out: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor:
     if out is None:
         return q.new_empty(q.shape)
-    if out.shape != q.shape or out.dtype != q.dtype or out.stride(2) != 1 or any(stride % 2 for stride in out.stride()[:2]):
+    if (
+        out.shape != q.shape
+        or out.dtype != q.dtype
+        or out.stride(2) != 1
+        or any(stride % 2 for stride in out.stride()[:2])
+    ):
         raise _wrong("out", out, f"{q.dtype} {list(q.shape)} with contiguous columns")
     return out
 
@@ -298,8 +333,9 @@ def _rope_append_decode_cuda(
     head_dim = k_cache.shape[3]
     _launch(
         k_cache, v_cache, positions, slots, blocks_per_slot, block_table, scale, workspace, options,
-        q=qkv.data_ptr(), q_strides=(qkv.stride(0), head_dim), out=out.data_ptr(), out_strides=(out.stride(0), head_dim),
-        lse=0, cos=cos.data_ptr(), sin=sin.data_ptr(), batch=qkv.shape[0], num_heads=out.shape[1] // head_dim,
+        q=qkv.data_ptr(), q_strides=(qkv.stride(0), head_dim),
+        out=out.data_ptr(), out_strides=(out.stride(0), head_dim), lse=0,
+        cos=cos.data_ptr(), sin=sin.data_ptr(), batch=qkv.shape[0], num_heads=out.shape[1] // head_dim,
     )  # fmt: skip
 
 
@@ -307,13 +343,21 @@ def _pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _launch(k_cache, v_cache, lengths, slots, blocks_per_slot, block_table, scale, workspace, options, **arguments) -> None:
+def _launch(
+    k_cache, v_cache, lengths, slots, blocks_per_slot, block_table, scale, workspace, options, **arguments
+) -> None:
     version, pdl, grid, min_tiles = options
     device = k_cache.device
-    if workspace is None:
-        workspace = _workspace(device)
+    version = _best_version(device) if version < 0 else version
     grid = grid or _grid(device)
-    needed = grid * library().partial_floats
+    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    needed = library().workspace_floats(
+        version, arguments["batch"], arguments["num_heads"], num_kv_heads, head_dim, grid
+    )
+    if version < VERSIONS.index("ring"):  # these need no empty words, but as many as the batch asks for
+        workspace = torch.empty(needed, dtype=torch.int32, device=device)
+    elif workspace is None:
+        workspace = _workspace(device)
     if workspace.dtype != torch.int32 or workspace.numel() < needed or workspace.device != device:
         raise _wrong("workspace", workspace, f"make_workspace({str(device)!r}), {needed} words for a grid of {grid}")
     with torch.cuda.device(device):
@@ -329,14 +373,14 @@ def _launch(k_cache, v_cache, lengths, slots, blocks_per_slot, block_table, scal
             block_table=_pointer(block_table),
             table_stride=0 if block_table is None else block_table.stride(0),
             partials=workspace.data_ptr(),
-            num_kv_heads=k_cache.shape[1],
-            head_dim=k_cache.shape[3],
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
             num_blocks=k_cache.shape[0],
             scale=scale,
             dtype=DTYPES[k_cache.dtype],
             grid=grid,
             min_tiles=min_tiles or 1,
-            version=_best_version(device) if version < 0 else version,
+            version=version,
             pdl=pdl,
             stream=torch.cuda.current_stream(device).cuda_stream,
         )
