@@ -35,7 +35,7 @@ void gather_cache(const GatherCache& p, const Launch& how) {
     require(p.head_dim % kChunk == 0, "head_dim is " + std::to_string(p.head_dim) + "; expected a multiple of 8");
     require(p.num_seqs >= 1 && p.num_tokens >= 1, "there are no tokens");
     require_aligned(p.k_cache, "k_cache"), require_aligned(p.v_cache, "v_cache"), require_aligned(p.k, "k"), require_aligned(p.v, "v");
-    common::launch(gather_cache_kernel, p.num_tokens, kThreads, 0, how.stream, false, p);
+    common::launch(gather_cache_kernel, {dim3(p.num_tokens), kThreads}, how.stream, false, p);
 }
 
 }  // namespace elementwise

@@ -75,7 +75,7 @@ static void launch_rms_norm(const RmsNorm& p, const Launch& how) {
     const int per_thread = chunks <= 64 ? 1 : chunks <= 256 ? 2 : 4;
     const int threads = ((chunks + per_thread - 1) / per_thread + 31) / 32 * 32;
     auto* kernel = per_thread == 1 ? rms_norm_kernel<T, 1> : per_thread == 2 ? rms_norm_kernel<T, 2> : rms_norm_kernel<T, 4>;
-    common::launch(kernel, p.num_rows, threads, 0, how.stream, how.overlap, p);
+    common::launch(kernel, {dim3(p.num_rows), threads}, how.stream, how.overlap, p);
 }
 
 void rms_norm(const RmsNorm& p, const Launch& how) {

@@ -69,7 +69,7 @@ void rope_append(const RopeAppend& p, const Launch& how) {
     const bool bf16 = how.dtype == common::Dtype::kBFloat16;
     auto* kernel = p.head_dim == 64 ? (bf16 ? rope_append_kernel<__nv_bfloat16, 64> : rope_append_kernel<__half, 64>)
                                     : (bf16 ? rope_append_kernel<__nv_bfloat16, 128> : rope_append_kernel<__half, 128>);
-    common::launch(kernel, p.num_tokens, kThreads, 0, how.stream, how.overlap, p);
+    common::launch(kernel, {dim3(p.num_tokens), kThreads}, how.stream, how.overlap, p);
 }
 
 }  // namespace elementwise

@@ -42,7 +42,7 @@ void silu_mul(const SiluMul& p, const Launch& how) {
     const int64_t groups = p.num_rows * (p.size / kChunk);
     auto* kernel = how.dtype == common::Dtype::kBFloat16 ? silu_mul_kernel<__nv_bfloat16> : silu_mul_kernel<__half>;
     const int64_t blocks = (groups + kThreads * kPerThread - 1) / (kThreads * kPerThread);
-    common::launch(kernel, dim3(blocks), kThreads, 0, how.stream, how.overlap, static_cast<const uint4*>(p.gate_up),
+    common::launch(kernel, {dim3(blocks), kThreads}, how.stream, how.overlap, static_cast<const uint4*>(p.gate_up),
                    static_cast<uint4*>(p.out), groups);
 }
 

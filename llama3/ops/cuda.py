@@ -8,7 +8,7 @@ from llama3.config import ModelConfig
 from llama3.decode_state import DecodeState
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache, LayerCache
-from llama3.ops import elementwise, linear, prefill_attention, sampling
+from llama3.ops import elementwise, gemm_search, linear, prefill_attention, sampling
 from llama3.ops.decode_attn import MAX_GROUP, rope_append_decode
 from llama3.ops.decode_step import DecodeStep
 from llama3.ops.prefill_attention import PrefillPlan
@@ -26,7 +26,9 @@ class CudaOps:
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.overlap = elementwise.can_overlap(device)
-        self.description = "decode attention, cuBLAS, fused norms, rope and SwiGLU"
+        self.description = (
+            "split-KV decode attention, cuBLASLt, cuDNN and FlashAttention, fused elementwise and sampling"
+        )
         self._plan: PrefillPlan | None = None
 
     @staticmethod
@@ -53,7 +55,7 @@ class CudaOps:
         return F.embedding(token_ids, table)
 
     def norm_linear(self, x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return linear.linear(elementwise.rms_norm(x, norm_weight, eps), weight)
+        return linear.norm_linear(x, norm_weight, weight, eps)
 
     def rope_append_attend(
         self, qkv: torch.Tensor, rope: RopeTable, cache: LayerCache, batch: PrefillBatch | DecodeBatch
@@ -84,7 +86,7 @@ class CudaOps:
     def norm_swiglu(
         self, x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        return elementwise.silu_mul(self.norm_linear(x, norm_weight, gate_up, eps))
+        return linear.norm_swiglu(x, norm_weight, gate_up, eps)
 
     def sample(self, logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor) -> torch.Tensor:
         return sampling.sample(logits, params, positions)
@@ -97,6 +99,7 @@ class CudaOps:
     def whole_step(
         self, config: ModelConfig, weights: ModelWeights, rope: RopeTable, cache: KVCache, state: DecodeState
     ) -> DecodeStep | None:
+        gemm_search.expect_decode(state.num_rows)  # the batch size at which a job spends its time
         if DecodeStep.supports(config, weights.embed.device) is not None or weights.embed.dtype != torch.bfloat16:
             return None
         return DecodeStep(config, weights, rope, cache, state)

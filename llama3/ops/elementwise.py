@@ -116,6 +116,7 @@ def _check_typed(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
             raise _wrong(op, name, tensor, f"contiguous {dtype} {list(shape)}")
+    for name, (tensor, _) in expected.items():
         if not tensor.is_cuda or tensor.device != reference.device:
             raise UserError(f"{op}: {name} is on {tensor.device}; expected a CUDA device, the same for every tensor")
 

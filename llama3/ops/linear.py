@@ -1,14 +1,59 @@
-"""Matrix products of the CUDA ops: x [T, K] times weight [N, K], both row-major, with the work around them."""
+"""The matrix products of the CUDA ops: cuBLASLt between elementwise kernels (docs/cuda-ops.md has the measurements)."""
 
 import torch
-import torch.nn.functional as F
+
+from llama3.errors import UserError
+from llama3.ops import elementwise, gemm_search
+from llama3.ops.cublaslt import ALIGNMENT, Product
+
+_products: dict[Product, Product] = {}
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [T, K], weight [N, K] -> x weight^T, [T, N]."""
-    return F.linear(x, weight)
+def norm_linear(x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]."""
+    return product(elementwise.rms_norm(x, norm_weight, eps), weight)
+
+
+def norm_swiglu(x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
+    return elementwise.silu_mul(norm_linear(x, norm_weight, gate_up, eps))
 
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """residual [T, N] + x weight^T, [T, N]; the sum is rounded once."""
-    return torch.addmm(residual, x, weight.t())
+    """residual [T, N] + x [T, K] times weight [N, K] -> [T, N]; the sum is rounded once, the residual is not copied."""
+    return product(x, weight, residual)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, K] times weight [N, K], plus residual [T, N] if there is one -> [T, N].
+
+    Raises UserError naming the tensor and the shape expected.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[0] < 1:
+        raise UserError(f"product: x is {list(x.shape)} and weight {list(weight.shape)}; expected [T, K] and [N, K]")
+    num_tokens, num_rows, size = x.shape[0], weight.shape[0], x.shape[1]
+    _check("weight", weight, x, (num_rows, size))
+    if residual is not None:
+        _check("residual", residual, x, (num_tokens, num_rows))
+        residual = _aligned(residual)
+    x, weight = _aligned(x), _aligned(weight)
+    out = x.new_empty(num_tokens, num_rows)
+    shape = Product(num_tokens, num_rows, size, x.dtype, x.device)
+    shape = _products.setdefault(shape, shape)  # one object a shape: its descriptors are made once
+    shape.run(x, weight, residual, out, gemm_search.algorithm_for(shape, x, weight, out))
+    return out
+
+
+def _check(name: str, tensor: torch.Tensor, x: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        raise UserError(f"product: {name} is {found}; expected {x.dtype} {list(shape)} on {x.device}")
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of one that is not as the algorithms expect: contiguous, from an aligned address on.
+
+    Weights and what the ops themselves allocate always are.
+    """
+    is_aligned = tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
+    return tensor if is_aligned else tensor.clone(memory_format=torch.contiguous_format)
