@@ -33,8 +33,9 @@ struct SiluMul {
     int size;
 };
 
-// qkv [num_tokens, num_heads + 2 num_kv_heads, head_dim]; rotated [num_tokens, num_heads + num_kv_heads, head_dim] receives the
-// rotated q and k heads; k and v of token i go to position positions[i] of slot slots[i] (a negative position: nowhere).
+// qkv [num_tokens, num_heads + 2 num_kv_heads, head_dim]; rotated [num_tokens, num_heads + num_kv_heads, head_dim]
+// receives the rotated q and k heads; k and v of token i go to position positions[i] of slot slots[i] (a negative
+// position: nowhere).
 struct RopeAppend {
     const void* qkv;
     const float *cos, *sin;  // [positions, head_dim / 2]
@@ -43,8 +44,8 @@ struct RopeAppend {
     int num_tokens, num_heads, num_kv_heads, head_dim, blocks_per_slot;
 };
 
-// Positions 0 .. starts[i + 1] - starts[i] - 1 of slot slots[i], for each of num_seqs sequences, to k, v [starts[num_seqs],
-// num_kv_heads, head_dim].
+// Positions 0 .. starts[i + 1] - starts[i] - 1 of slot slots[i], for each of num_seqs sequences, to k, v
+// [starts[num_seqs], num_kv_heads, head_dim].
 struct GatherCache {
     const void *k_cache, *v_cache;
     const int *slots, *starts;
@@ -52,7 +53,8 @@ struct GatherCache {
     int num_seqs, num_tokens, num_kv_heads, head_dim, blocks_per_slot;
 };
 
-// Each throws std::invalid_argument for what the kernel does not support (before any CUDA call), std::runtime_error if CUDA fails.
+// Each throws std::invalid_argument for what the kernel does not support (before any CUDA call), std::runtime_error if
+// CUDA fails.
 void rms_norm(const RmsNorm& p, const Launch& how);
 void silu_mul(const SiluMul& p, const Launch& how);
 void rope_append(const RopeAppend& p, const Launch& how);

@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNorm p) {
         // The Llama reference rounds the normed value before it multiplies by the weight.
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
-            const float2 rounded = common::Pack<T>::to_floats(common::Pack<T>::from_floats(values[j] * inverse, values[j + 1] * inverse));
+            const float2 rounded =
+                common::Pack<T>::to_floats(common::Pack<T>::from_floats(values[j] * inverse, values[j + 1] * inverse));
             values[j] = rounded.x * factors[j], values[j + 1] = rounded.y * factors[j + 1];
         }
         if (at < chunks) out[at] = from_floats<T>(values);
@@ -74,13 +75,16 @@ static void launch_rms_norm(const RmsNorm& p, const Launch& how) {
     // Enough threads that a short call is one load deep, few enough that a long one keeps many rows in flight.
     const int per_thread = chunks <= 64 ? 1 : chunks <= 256 ? 2 : 4;
     const int threads = ((chunks + per_thread - 1) / per_thread + 31) / 32 * 32;
-    auto* kernel = per_thread == 1 ? rms_norm_kernel<T, 1> : per_thread == 2 ? rms_norm_kernel<T, 2> : rms_norm_kernel<T, 4>;
-    common::launch(kernel, {dim3(p.num_rows), threads}, how.stream, how.overlap, p);
+    auto* kernel = per_thread == 1   ? rms_norm_kernel<T, 1>
+                   : per_thread == 2 ? rms_norm_kernel<T, 2>
+                                     : rms_norm_kernel<T, 4>;
+    common::launch(kernel, p.num_rows, threads, 0, how.stream, how.overlap, p);
 }
 
 void rms_norm(const RmsNorm& p, const Launch& how) {
     require(p.hidden_size % kChunk == 0 && p.hidden_size >= kChunk && p.hidden_size <= kMaxHidden,
-            "hidden_size is " + std::to_string(p.hidden_size) + "; expected a multiple of 8, at most " + std::to_string(kMaxHidden));
+            "hidden_size is " + std::to_string(p.hidden_size) + "; expected a multiple of 8, at most " +
+                std::to_string(kMaxHidden));
     require(p.num_rows >= 1, "there are no rows");
     require_aligned(p.x, "x"), require_aligned(p.weight, "weight"), require_aligned(p.out, "out");
     how.dtype == common::Dtype::kBFloat16 ? launch_rms_norm<__nv_bfloat16>(p, how) : launch_rms_norm<__half>(p, how);

@@ -1,6 +1,6 @@
-// Prefill's way from the packed projection to attention and cache: one read of qkv, q and k rotated in fp32 (half-split layout:
-// element i turns with element i + head_dim / 2), k and v stored in their blocks. A block is one token; a thread keeps one
-// chunk of cosines and sines and walks over the heads with it.
+// Prefill's way from the packed projection to attention and cache: one read of qkv, q and k rotated in fp32 (half-split
+// layout: element i turns with element i + head_dim / 2), k and v stored in their blocks. A block is one token; a
+// thread keeps one chunk of cosines and sines and walks over the heads with it.
 #include "common/async.cuh"
 #include "common/launch.h"
 #include "elementwise/chunk.cuh"
@@ -60,16 +60,18 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppend p) {
 }
 
 void rope_append(const RopeAppend& p, const Launch& how) {
-    require(p.head_dim == 64 || p.head_dim == 128, "head_dim is " + std::to_string(p.head_dim) + "; supported: 64, 128");
+    require(p.head_dim == 64 || p.head_dim == 128,
+            "head_dim is " + std::to_string(p.head_dim) + "; supported: 64, 128");
     require(p.num_tokens >= 1, "there are no tokens");
-    require(p.num_heads >= 1 && p.num_kv_heads >= 1 && p.blocks_per_slot >= 1, "num_heads, num_kv_heads and blocks_per_slot must be at least 1");
+    require(p.num_heads >= 1 && p.num_kv_heads >= 1 && p.blocks_per_slot >= 1,
+            "num_heads, num_kv_heads and blocks_per_slot must be at least 1");
     require_aligned(p.qkv, "qkv"), require_aligned(p.rotated, "rotated");
     require_aligned(p.cos, "cos"), require_aligned(p.sin, "sin");
     require_aligned(p.k_cache, "k_cache"), require_aligned(p.v_cache, "v_cache");
     const bool bf16 = how.dtype == common::Dtype::kBFloat16;
     auto* kernel = p.head_dim == 64 ? (bf16 ? rope_append_kernel<__nv_bfloat16, 64> : rope_append_kernel<__half, 64>)
                                     : (bf16 ? rope_append_kernel<__nv_bfloat16, 128> : rope_append_kernel<__half, 128>);
-    common::launch(kernel, {dim3(p.num_tokens), kThreads}, how.stream, how.overlap, p);
+    common::launch(kernel, p.num_tokens, kThreads, 0, how.stream, how.overlap, p);
 }
 
 }  // namespace elementwise

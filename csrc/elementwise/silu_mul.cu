@@ -1,5 +1,5 @@
-// silu(gate) * up over the packed gate-up projection. A thread makes one 16-byte chunk of output from 8 gates and the 8 ups
-// that lie right behind them.
+// silu(gate) * up over the packed gate-up projection. A thread makes one 16-byte chunk of output from 8 gates and the 8
+// ups that lie right behind them.
 #include "common/async.cuh"
 #include "common/launch.h"
 #include "elementwise/chunk.cuh"
@@ -36,13 +36,14 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(const uint4* gate_up
 }
 
 void silu_mul(const SiluMul& p, const Launch& how) {
-    require(p.size % kChunk == 0 && p.size >= kChunk, "size is " + std::to_string(p.size) + "; expected a multiple of 8");
+    require(p.size % kChunk == 0 && p.size >= kChunk,
+            "size is " + std::to_string(p.size) + "; expected a multiple of 8");
     require(p.num_rows >= 1, "there are no rows");
     require_aligned(p.gate_up, "gate_up"), require_aligned(p.out, "out");
     const int64_t groups = p.num_rows * (p.size / kChunk);
     auto* kernel = how.dtype == common::Dtype::kBFloat16 ? silu_mul_kernel<__nv_bfloat16> : silu_mul_kernel<__half>;
     const int64_t blocks = (groups + kThreads * kPerThread - 1) / (kThreads * kPerThread);
-    common::launch(kernel, {dim3(blocks), kThreads}, how.stream, how.overlap, static_cast<const uint4*>(p.gate_up),
+    common::launch(kernel, dim3(blocks), kThreads, 0, how.stream, how.overlap, static_cast<const uint4*>(p.gate_up),
                    static_cast<uint4*>(p.out), groups);
 }
 
