@@ -9,7 +9,7 @@ import torch
 
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import BLOCK_SIZE, LayerCache
-from llama3.ops import gemm_search
+from llama3.ops import gemm_search, prefill_attention
 from llama3.ops.cublaslt import Product
 from llama3.ops.reference import ReferenceOps
 from llama3.rope import RopeTable
@@ -187,6 +187,19 @@ def test_prefill(ops, lengths: tuple[int, ...], heads: tuple[int, int], head_dim
     slots = list(reversed(range(len(lengths))))
     batch = PrefillBatch.build(slots, lengths, [0] * len(lengths), "cuda")
     run_attention(ops, [batch], heads, head_dim, dtype, max_len=320)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("heads", HEADS)
+def test_prefill_of_equal_prompts_by_cudnn(
+    ops, monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(prefill_attention, "DENSE_MIN_FLOPS", 0)
+    monkeypatch.setattr(prefill_attention, "attend_packed", None)
+    for lengths in ((200,), (65, 65, 65)):
+        batch = PrefillBatch.build(range(len(lengths)), lengths, [0] * len(lengths), "cuda")
+        run_attention(ops, [batch], heads, head_dim, dtype, max_len=256)
 
 
 @pytest.mark.parametrize("head_dim", (64, 128))

@@ -13,7 +13,7 @@ import torch
 from llama3.errors import UserError
 from llama3.forward_batch import PrefillBatch
 from llama3.kv_cache import LayerCache
-from llama3.ops import cublaslt, cuda, elementwise, gemm_search, linear
+from llama3.ops import cublaslt, cuda, elementwise, gemm_search, linear, prefill_attention
 from llama3.ops.prefill_attention import PrefillPlan
 from llama3.rope import RopeTable
 from llama3.shapes import shape_config
@@ -173,6 +173,19 @@ def test_plan_of_continued_prompts_gathers(monkeypatch: pytest.MonkeyPatch) -> N
     assert plan.key_slots is not None and plan.key_slots.tolist() == [3, 1] and plan.key_slots.dtype == torch.int32
     assert plan.key_starts.tolist() == [0, 4, 68]
     assert (plan.max_queries, plan.max_keys, plan.num_keys) == (4, 64, 68)
+
+
+def test_cudnn_gets_the_large_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_attention, "attend_dense", lambda *_: "cuDNN")
+    monkeypatch.setattr(prefill_attention, "attend_packed", lambda *_: "FlashAttention")
+
+    def library(*lengths: int) -> str:
+        plan = PrefillPlan.of(PrefillBatch.build(range(len(lengths)), lengths, [0] * len(lengths), "cpu"))
+        q = torch.empty(sum(lengths), 32, 64, device="meta")
+        return prefill_attention.attend(q, q, q, cache_of(), plan)  # type: ignore[return-value]
+
+    assert library(*[2048] * 8) == library(16384) == "cuDNN"
+    assert library(128) == library(2048) == library(*[2048] * 7, 2047) == "FlashAttention"
 
 
 # ---- the search for algorithms
