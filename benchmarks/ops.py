@@ -1,0 +1,165 @@
+"""How fast each op of the seam runs on this GPU, against its floor.
+
+python -m benchmarks.ops [--shape 1b,8b] [--tokens 16,64,256,16384] [--json OUT]     measure, print a table
+python -m benchmarks.ops --table RESULTS.json                                        print the table of an earlier run
+
+Each op is called in a CUDA graph with another layer's weights every time, so that they come from memory as in a model;
+the floor is the larger of weights and activations over the read bandwidth, and operations over the matrix peak.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.environment import describe
+from benchmarks.peaks import KNOWN
+from benchmarks.text_table import markdown_table, number
+from llama3.config import ModelConfig
+from llama3.errors import UserError
+from llama3.forward_batch import PrefillBatch
+from llama3.kv_cache import KVCache
+from llama3.ops import gemm_search
+from llama3.ops.cuda import CudaOps
+from llama3.rope import RopeTable
+from llama3.shapes import shape_config
+
+DTYPE = torch.bfloat16
+ROTATED_BYTES = 600 << 20  # of weights, more than three times an L2
+MAX_LAYERS = 16
+REPETITIONS = 7
+MAX_DECODE_TOKENS = 1024  # more are taken for a prefill, of prompts this long:
+PROMPT_LEN = 2048
+Row = dict[str, Any]
+
+
+def measure(run: Callable[[int], object], calls: int) -> float:
+    """Median microseconds of one of run(0) ... run(calls - 1), from replays of a graph of them all."""
+    run(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            run(i)
+    graph.replay()
+    times = []
+    for _ in range(REPETITIONS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / calls)
+    return statistics.median(times)
+
+
+def measure_products(ops: CudaOps, config: ModelConfig, num_tokens: int) -> list[Row]:
+    """The four projections of a layer and, in decode, the head: each with what the seam fuses with it."""
+    hidden, intermediate, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+    norm = torch.ones(hidden, dtype=DTYPE, device="cuda")
+    shapes = {
+        "qkv": (config.qkv_size, hidden, 0),
+        "o": (hidden, config.q_size, hidden),
+        "gate-up": (2 * intermediate, hidden, 0),
+        "down": (hidden, intermediate, hidden),
+        "head": (config.vocab_size, hidden, 0),
+    }
+    rows = []
+    for name, (num_rows, size, added) in shapes.items():
+        if name == "head" and num_tokens > MAX_DECODE_TOKENS:
+            continue  # a prefill needs the head for last tokens only
+        count = min(max(2, ROTATED_BYTES // (num_rows * size * DTYPE.itemsize) + 1), MAX_LAYERS)
+        weights = [torch.randn(num_rows, size, device="cuda").mul_(size**-0.5).to(DTYPE) for _ in range(count)]
+        x = torch.randn(num_tokens, size, device="cuda").to(DTYPE)
+        residual = torch.randn(num_tokens, hidden, device="cuda").to(DTYPE)
+
+        def run(i: int, name: str = name, x=x, weights=weights, residual=residual) -> torch.Tensor:
+            weight = weights[i % len(weights)]
+            if name in ("o", "down"):
+                return ops.linear_add(x, weight, residual)
+            return (ops.norm_swiglu if name == "gate-up" else ops.norm_linear)(x, norm, weight, eps)
+
+        us = measure(run, 2 * count if num_tokens <= MAX_DECODE_TOKENS else 3)
+        out = intermediate if name == "gate-up" else num_rows
+        moved = (num_rows * size + num_tokens * (size + out + added)) * DTYPE.itemsize
+        rows.append(
+            {"op": name, "tokens": num_tokens, "us": us, "bytes": moved, "flops": 2 * num_tokens * num_rows * size}
+        )
+    return rows
+
+
+def measure_prefill_attention(ops: CudaOps, config: ModelConfig, num_tokens: int) -> Row:
+    """Rotation, appending and attention of prompts of PROMPT_LEN tokens."""
+    num_seqs = num_tokens // PROMPT_LEN
+    cache = KVCache(config, num_seqs, PROMPT_LEN, DTYPE, "cuda").layer(0)
+    rope = RopeTable.build(config, PROMPT_LEN, "cuda")
+    batch = PrefillBatch.build(range(num_seqs), [PROMPT_LEN] * num_seqs, [0] * num_seqs, "cuda")
+    qkv = torch.randn(num_seqs * PROMPT_LEN, config.qkv_size, device="cuda").to(DTYPE)
+    us = measure(lambda i: ops.rope_append_attend(qkv, rope, cache, batch), 3)
+    flops = 2 * num_seqs * PROMPT_LEN**2 * config.q_size  # two products, half of each below the diagonal
+    moved = num_seqs * PROMPT_LEN * (config.qkv_size + config.q_size + 2 * config.kv_size) * DTYPE.itemsize
+    return {"op": "attention", "tokens": num_seqs * PROMPT_LEN, "us": us, "bytes": moved, "flops": flops}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rows of a run, with floors from its peaks."""
+    rows = []
+    for row in results["rows"]:
+        floor = max(row["bytes"] / results["read_bandwidth"], row["flops"] / results["matrix_flops"]) * 1e6
+        rates = (row["bytes"] / row["us"] / 1e3, row["flops"] / row["us"] / 1e6)
+        figures = [number(row["us"], 1), number(floor, 1), f"{floor / row['us']:.0%}", *(number(r, 0) for r in rates)]
+        rows.append([row["model"], row["op"], str(row["tokens"]), *figures])
+    return markdown_table(("model", "op", "tokens", "us", "floor us", "of floor", "GB/s", "TFLOP/s"), rows)
+
+
+def run(shapes: list[str], token_counts: list[int]) -> dict[str, Any]:
+    facts = describe()
+    if facts["device"] not in KNOWN:
+        raise UserError(f"no peaks are known for {facts['device']}: measure them with python -m benchmarks.peaks")
+    matrix_flops, read_bandwidth = KNOWN[facts["device"]]
+    results = facts | {"matrix_flops": matrix_flops, "read_bandwidth": read_bandwidth, "dtype": "bfloat16", "rows": []}
+    for shape in shapes:
+        config = shape_config(shape)
+        reason = CudaOps.why_not(config, DTYPE, torch.device("cuda"))
+        if reason is not None:
+            raise UserError(reason)
+        ops = CudaOps(config, torch.device("cuda", torch.cuda.current_device()))
+        for num_tokens in token_counts:
+            is_prefill = num_tokens > MAX_DECODE_TOKENS
+            if not is_prefill:
+                gemm_search.expect_decode(num_tokens)
+            rows = measure_products(ops, config, num_tokens)
+            rows += [measure_prefill_attention(ops, config, num_tokens)] if is_prefill else []
+            results["rows"] += [{"model": shape, **row} for row in rows]
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="1b,8b", help="comma-separated names of model shapes")
+    parser.add_argument("--tokens", default="16,64,256,16384", help="comma-separated token counts")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--table", type=Path, help="print the table of these results, and measure nothing")
+    args = parser.parse_args()
+    try:
+        if args.table is not None:
+            results = json.loads(args.table.read_text())
+        else:
+            results = run(args.shape.split(","), [int(n) for n in args.tokens.split(",")])
+    except (UserError, OSError) as error:
+        print(f"benchmarks.ops: {error}", file=sys.stderr)
+        return 2
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
