@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from llama3.device import to_device
 from llama3.sampling import FLOAT_FIELDS, INTEGER_FIELDS, SamplingTensors
 from llama3.sequence import Sequence
 
@@ -35,7 +36,7 @@ class DecodeState:
 
     def assign(self, sequences: Rows[Sequence]) -> None:
         """Give their rows to new sequences. They stay idle until `place` gives them a first token."""
-        index = self._to_device([s.row for s in sequences], torch.int64)
+        index = self._tensor([s.row for s in sequences], torch.int64)
         params = [sequence.params for sequence in sequences]
         values: dict[str, list[int] | list[float]] = {
             "temperature": [p.temperature for p in params],
@@ -48,20 +49,20 @@ class DecodeState:
         }
         for name in INTEGER_FIELDS + FLOAT_FIELDS:
             target = getattr(self.sampling, name)
-            target[index] = self._to_device(values[name], target.dtype)
+            target[index] = self._tensor(values[name], target.dtype)
         prompt_lens = [len(s.prompt_ids) for s in sequences]
-        self.last_positions[index] = self._to_device([s.max_context_len - 1 for s in sequences], torch.int32)
-        self.first_stop_positions[index] = self._to_device(
+        self.last_positions[index] = self._tensor([s.max_context_len - 1 for s in sequences], torch.int32)
+        self.first_stop_positions[index] = self._tensor(
             [n + p.min_tokens for n, p in zip(prompt_lens, params, strict=True)], torch.int32
         )
         padded = [sorted(s.stop_ids) + [-1] * (self.max_stop_ids - len(s.stop_ids)) for s in sequences]
-        self.stop_ids[index] = self._to_device(padded, torch.int64)
-        self.slots[index] = self._to_device([s.slot for s in sequences], torch.int32)
-        self.positions[index] = IDLE
+        self.stop_ids[index] = self._tensor(padded, torch.int64)
+        self.slots[index] = self._tensor([s.slot for s in sequences], torch.int32)
+        self.positions.index_fill_(0, index, IDLE)
 
     def close_up(self, old_rows: Rows[int]) -> None:
         """Move `old_rows` to rows 0, 1, ...; the rows after them go idle."""
-        index = self._to_device(list(old_rows), torch.int64)
+        index = self._tensor(list(old_rows), torch.int64)
         own = (
             self.token_ids,
             self.positions,
@@ -77,7 +78,7 @@ class DecodeState:
 
     def release(self, rows: Rows[int]) -> None:
         """Make rows idle, so that steps to come neither read nor write their slots."""
-        self.positions[self._to_device(list(rows), torch.int64)] = IDLE
+        self.positions.index_fill_(0, self._tensor(list(rows), torch.int64), IDLE)
 
     def place(self, rows: torch.Tensor | slice, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
         """Store the tokens drawn for `rows` at `positions`; rows whose token ended them, or was their last, go idle."""
@@ -97,7 +98,5 @@ class DecodeState:
         """The sampling arrays, with what the host knows of the rows now in use."""
         return replace(self.sampling, all_greedy=all_greedy, any_filter=any_filter)
 
-    def _to_device(self, values: list, dtype: torch.dtype) -> torch.Tensor:
-        tensor = torch.tensor(values, dtype=dtype)
-        # From pinned memory the copy is only enqueued: the host does not wait for steps in flight.
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+    def _tensor(self, values: list, dtype: torch.dtype) -> torch.Tensor:
+        return to_device(values, dtype, self.device)

@@ -1,4 +1,6 @@
-"""Which device and dtype to run with, from what the caller asked for."""
+"""Which device and dtype to run with, from what the caller asked for; and host values on their way to a device."""
+
+from typing import Any
 
 import torch
 
@@ -33,3 +35,10 @@ def resolve_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
     if resolved is None or resolved not in SUPPORTED_DTYPES.values():
         raise DeviceError(f"dtype {dtype!r} is unknown; use 'auto' or one of {', '.join(SUPPORTED_DTYPES)}")
     return resolved
+
+
+def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Host numbers as a tensor on `device`, without waiting for what the device still has to do."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    # Only from pinned memory is the copy enqueued; from pageable memory the host waits for its turn.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

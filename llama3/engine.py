@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from llama3.decode_state import DecodeState
+from llama3.device import to_device
 from llama3.forward_batch import PrefillBatch
 from llama3.kv_cache import BLOCK_SIZE, KVCache
 from llama3.model import Transformer
@@ -100,7 +101,9 @@ class Engine:
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End a running sequence for a reason that only the caller can see, such as a stop string."""
         sequence.finish(reason, stop_reason)
-        self._free(sequence)
+        if sequence in self.scheduler.running:
+            self.state.release([sequence.row])  # one that ended by its own rules has gone idle on the device already
+        self.scheduler.release(sequence)
 
     def _prefill(self) -> bool:
         """Launch the next prefill call. False if there is none."""
@@ -144,7 +147,9 @@ class Engine:
         for sequence in sequences:
             sequence.num_scheduled = 1
         if sequences:
-            self._pending.append(self.runner.draw_first(logits[sources], sequences))
+            if sources != list(range(logits.shape[0])):
+                logits = logits[to_device(sources, torch.int64, self.device)]
+            self._pending.append(self.runner.draw_first(logits, sequences))
 
     def _decode(self) -> bool:
         """Launch steps for every sequence that still has tokens to draw. False if there is none."""
@@ -177,10 +182,5 @@ class Engine:
                 sequence.logprobs.extend(logprobs)
                 progress.append(Progress(sequence, taken))
             if taken and sequence.finished:
-                self._free(sequence)
+                self.scheduler.release(sequence)
         return progress
-
-    def _free(self, sequence: Sequence) -> None:
-        if sequence in self.scheduler.running:
-            self.state.release([sequence.row])
-        self.scheduler.release(sequence)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from llama3.device import to_device
+
 
 @dataclass(frozen=True)
 class PrefillBatch:
@@ -33,15 +35,14 @@ class PrefillBatch:
         past_lens: Sequence[int],
         device: torch.device | str,
     ) -> "PrefillBatch":
-        slots = [slot for slot, n in zip(seq_slots, seq_lens, strict=True) for _ in range(n)]
-        positions = [p for past, n in zip(past_lens, seq_lens, strict=True) for p in range(past, past + n)]
-        starts = [0]
-        for n in seq_lens:
-            starts.append(starts[-1] + n)
+        lens = torch.tensor(seq_lens)
+        starts = torch.cat((torch.zeros(1, dtype=torch.int64), lens.cumsum(0)))
+        slots = torch.tensor(seq_slots).repeat_interleave(lens)
+        positions = torch.arange(int(starts[-1])) + (torch.tensor(past_lens) - starts[:-1]).repeat_interleave(lens)
         return cls(
-            slots=torch.tensor(slots, dtype=torch.int64, device=device),
-            positions=torch.tensor(positions, dtype=torch.int64, device=device),
-            seq_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+            slots=to_device(slots, torch.int64, torch.device(device)),
+            positions=to_device(positions, torch.int64, torch.device(device)),
+            seq_starts=to_device(starts, torch.int32, torch.device(device)),
             seq_slots=tuple(seq_slots),
             seq_lens=tuple(seq_lens),
             past_lens=tuple(past_lens),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from llama3.decode_state import IDLE, DecodeState
+from llama3.device import to_device
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache
 from llama3.model import Transformer
@@ -92,14 +93,14 @@ class Runner:
 
     def prefill(self, token_ids: Items[int], batch: PrefillBatch) -> torch.Tensor:
         """Logits [B, V] of each sequence's last token."""
-        ids = torch.tensor(token_ids, dtype=torch.int64, device=self.state.device)
+        ids = to_device(token_ids, torch.int64, self.state.device)
         return self.model.prefill(ids, batch, self.cache)
 
     def draw_first(self, logits: torch.Tensor, sequences: Items[Sequence]) -> PendingTokens:
         """Draw the first token of sequences whose prompts are complete; logits [B, V], one row each."""
         device = self.state.device
-        index = torch.tensor([s.row for s in sequences], dtype=torch.int64, device=device)
-        positions = torch.tensor([len(s.prompt_ids) for s in sequences], dtype=torch.int32, device=device)
+        index = to_device([s.row for s in sequences], torch.int64, device)
+        positions = to_device([len(s.prompt_ids) for s in sequences], torch.int32, device)
         options = StepOptions.of(sequences)
         sampling = self.state.with_flags(options.all_greedy, options.any_filter).rows(index)
         raw = logits.float().clone() if options.num_logprobs is not None else None

@@ -48,9 +48,8 @@ def stream_ranges(ranges: Sequence[FileRange], device: torch.device) -> Iterator
         def read(index: int) -> torch.Tensor:
             slot, item = index % ring_size, ranges[index]
             if on_gpu:
-                copied[
-                    slot
-                ].synchronize()  # the copy out of this buffer one round ago; returns at once in the first round
+                # The copy out of this buffer one round ago; in the first round this returns at once.
+                copied[slot].synchronize()
             _read_exactly(files[item.path].fileno(), item, buffers[slot].numpy().data[: item.nbytes])
             return buffers[slot][: item.nbytes]
 
