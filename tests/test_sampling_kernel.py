@@ -52,6 +52,7 @@ int main() {
             expect(key_of<__nv_bfloat16>(lowest_of_ordinal(ordinal)) == key_of<__nv_bfloat16>(x) &&
                    key_of<__nv_bfloat16>(highest_of_ordinal(ordinal)) == key_of<__nv_bfloat16>(x),
                    "one bf16 value an ordinal", x);
+            expect(value_of_ordinal(ordinal) == x, "the value of an ordinal", x);
         }
         if (x < 3e38f && x > -3e38f) {
             const float between = bits_float(float_bits(x) + (x < 0 ? -0x1234u : 0x1234u));
@@ -205,16 +206,18 @@ def test_fake_implementations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "vocab_size", "largest", "expected"),
+    ("batch", "vocab_size", "largest", "filtered", "expected"),
     [
-        (1, 128256, 16, 16),
-        (1, 128256, 1, 1),
-        (1, 512, 16, 1),
-        (1, 16384, 16, 4),
-        (64, 128256, 8, 4),
-        (256, 128256, 8, 1),
-        (5000, 128256, 8, 1),
+        (1, 128256, 16, True, 16),
+        (1, 128256, 1, True, 1),
+        (1, 512, 16, True, 1),
+        (1, 16384, 16, False, 4),
+        (16, 128256, 16, True, 8),
+        (64, 128256, 8, True, 4),
+        (64, 128256, 8, False, 2),
+        (256, 128256, 8, True, 1),
+        (5000, 128256, 8, True, 1),
     ],
 )
-def test_blocks_per_row(batch: int, vocab_size: int, largest: int, expected: int) -> None:
-    assert sampling.choose_blocks_per_row(batch, vocab_size, 132, largest) == expected
+def test_blocks_per_row(batch: int, vocab_size: int, largest: int, filtered: bool, expected: int) -> None:
+    assert sampling.choose_blocks_per_row(batch, vocab_size, 132, largest, filtered) == expected

@@ -16,21 +16,49 @@ struct Draw {
     Noise noise;
     float temperature;
     float threshold;  // logits whose score is below this one's cannot be drawn; -inf: all can
+    // In shared memory, for all warps of the block: a token whose perturbed score is sure to be less cannot win. It
+    // only says what to skip: which warp raises it when does not change the winner.
+    uint32_t& limit;
 
-    // This thread's best candidate of the slice; (-inf, fallback) if it has none.
-    // Nearly all tokens are ruled out by an upper bound of their noise; few get the exact logarithms.
+    static constexpr uint32_t kNoLimit = 0x00800000u;  // ordered(-kLargest)
+
+    // This thread's best candidate of the slice, token 0 if it has none.
     template <typename T>
-    __device__ uint64_t best_of(const Slice<T>& slice, uint32_t fallback) const {
+    __device__ __forceinline__ uint64_t best_of(const Slice<T>& slice) const {
+        return better_than(pack_candidate(ordered(-kInfinity), 0), slice);
+    }
+    // The same, given a token that may be drawn: its id, and x, its logit.
+    template <typename T>
+    __device__ __forceinline__ uint64_t best_of(const Slice<T>& slice, float x, uint32_t id) const {
+        uint32_t words[4];
+        noise.words<1>(id / 4, words);
+        const float score = fmaf(x, 1.f / temperature, gumbel_at_least(pick(words, id % 4)));
+        if (threadIdx.x % 32 == 0 && fabsf(score) < 1e30f) atomicMax(&limit, ordered(limit_of(score)));
+        return better_than(pack_candidate(ordered(-kInfinity), id), slice);
+    }
+
+  private:
+    // Nearly all tokens are ruled out eight at a time, by an upper bound of their noise; few get the exact logarithms.
+    template <typename T>
+    __device__ __forceinline__ uint64_t better_than(uint64_t best, const Slice<T>& slice) const {
         const float inverse = 1.f / temperature;
         const float threshold_score = __fdiv_rn(threshold, temperature);
         // Logits just below the threshold can have the same score.
         const float lowest =
             threshold == -kInfinity ? -kLargest : threshold - fmaxf(fabsf(threshold) * 0x1p-21f, 1e-30f);
-        uint64_t best = pack_candidate(ordered(-kInfinity), fallback);
-        float limit = -kLargest;  // a token whose perturbed score is sure to be less cannot win
-        slice.template for_each<2>([&](const Chunk<T>& chunk, int chunk_first) {
-            const bool empty = chunk.max() < lowest;  // this and other comparisons are such that NaN is looked at
-            if (!__any_sync(kAllLanes, !empty)) return;
+        slice.template for_each<sizeof(T) == 2 ? 2 : 1>([&](const Chunk<T>& chunk, int chunk_first) {
+            // Comparisons are such that NaN is looked at.
+            const float greatest = chunk.max();
+            const bool empty = greatest < lowest;
+            if (__all_sync(kAllLanes, empty)) return;
+            float floor = from_ordered(*const_cast<volatile uint32_t*>(&limit));
+            uint32_t all_words[kChunk], least = 0xFFFFFFFFu;
+            noise.words<2>(chunk_first / 4, all_words);
+#pragma unroll
+            for (const uint32_t word : all_words) least = min(least, word);
+            // The lower the word, the greater its noise: no token here does better than this.
+            const bool chunk_hopeful = !empty && !(fmaf(greatest, inverse, gumbel_at_most(least)) < floor);
+            if (!__any_sync(kAllLanes, chunk_hopeful)) return;
 #pragma unroll 1
             for (int half = 0; half < 2; ++half) {
                 const int first = chunk_first + 4 * half;
@@ -38,31 +66,30 @@ struct Draw {
                 float x[4], at_most[4];
                 uint32_t words[4];
                 chunk.unpack_half(half, x);
-                noise.words(first / 4, words);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    at_most[i] = x[i] < lowest ? -kInfinity : fmaf(x[i], inverse, gumbel_at_most(words[i]));
-                    hopeful |= !(at_most[i] < limit) ? 1u << i : 0;
-                }
-                if (!__any_sync(kAllLanes, hopeful)) continue;
-
-                // The winner is at least as good as the lower bound of any token: raise the limit by the most hopeful
-                // one.
-                float most = -kInfinity, at_least = -kInfinity, x_most = -kInfinity;
+                noise.words<1>(first / 4, words);
+                float most = -kInfinity, x_most = -kInfinity;
                 uint32_t word_most = 0;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
+                    at_most[i] = x[i] < lowest ? -kInfinity : fmaf(x[i], inverse, gumbel_at_most(words[i]));
                     if (at_most[i] > most) most = at_most[i], x_most = x[i], word_most = words[i];
+                    hopeful |= !(at_most[i] < floor) ? 1u << i : 0;
                 }
+                if (!__any_sync(kAllLanes, hopeful)) continue;
+                // The winner is at least as good as the lower bound of any token: raise the limit by the most hopeful
+                // one.
+                float at_least = -kInfinity;
                 const float score = fmaf(x_most, inverse, gumbel_at_least(word_most));
                 if (fabsf(score) < 1e30f && __fdiv_rn(x_most, temperature) >= threshold_score) {
-                    at_least = score - slack(score);
+                    at_least =
+                        score - 2 * slack(score);  // once for its own error, once for that of what it is compared with
                 }
-                at_least = from_ordered(__reduce_max_sync(kAllLanes, ordered(at_least)));
-                limit = fmaxf(limit, at_least - slack(at_least));
+                const uint32_t raised = __reduce_max_sync(kAllLanes, ordered(at_least));
+                if (threadIdx.x % 32 == 0) atomicMax(&limit, raised);
+                floor = fmaxf(floor, from_ordered(raised));
                 hopeful = 0;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) hopeful |= !(at_most[i] < limit) ? 1u << i : 0;
+                for (int i = 0; i < 4; ++i) hopeful |= !(at_most[i] < floor) ? 1u << i : 0;
                 while (hopeful) {
                     const int i = __ffs(hopeful) - 1;
                     hopeful &= hopeful - 1;
@@ -74,7 +101,8 @@ struct Draw {
         return best;
     }
 
-  private:
+    // From a lower bound of a perturbed score. Twice: for its own error, and for that of what will be compared with it.
+    __device__ __forceinline__ static float limit_of(float at_least) { return at_least - 2 * slack(at_least); }
     // values[i] without local memory
     template <typename V>
     __device__ __forceinline__ static V pick(const V (&values)[4], int i) {

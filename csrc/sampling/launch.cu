@@ -50,7 +50,7 @@ void launch(Params p, const Launch& how) {
     if (how.blocks_per_row > kPortableBlocksPerRow) {
         CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     }
-    cudaLaunchAttribute attributes[2]{};
+    cudaLaunchAttribute attributes[3]{};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(how.blocks_per_row, p.batch);
     config.blockDim = dim3(kThreads);
@@ -59,6 +59,9 @@ void launch(Params p, const Launch& how) {
     if (how.blocks_per_row > 1) {
         attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
         attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(how.blocks_per_row), 1, 1};
+        // Otherwise clusters are packed onto few multiprocessors while others idle.
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+        attributes[config.numAttrs++].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicyLoadBalancing;
     }
     if (how.overlap) {
         attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;

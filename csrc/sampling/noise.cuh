@@ -2,26 +2,53 @@
 #pragma once
 #include <cstdint>
 
+#include "common/async.cuh"
+
 namespace sampling {
 
+// Philox4x32-10 (Salmon et al., SC 2011) for one row. The keys of its ten rounds lie in shared memory.
 struct Noise {
-    uint32_t key_low, key_high, position, request, sample;
+    static constexpr int kRounds = 10;
+    using Keys = uint4[kRounds / 2];  // (low, high) of two rounds
 
-    // Philox4x32-10 (Salmon et al., SC 2011): the four words of tokens 4 * block .. 4 * block + 3.
-    __device__ __forceinline__ void words(uint32_t block, uint32_t (&out)[4]) const {
-        uint32_t c0 = block, c1 = position, c2 = request, c3 = sample, k0 = key_low, k1 = key_high;
-        asm volatile("" : "+r"(k0), "+r"(k1));  // keep the ten keys from being hoisted: registers are dearer than sums
+    const Keys& keys;
+    uint32_t position, request, sample;
+
+    // By kRounds threads, numbered by `round`.
+    __device__ __forceinline__ static void fill(Keys& keys, int64_t seed, uint32_t round) {
+        uint32_t* words = &keys[0].x + 2 * round;
+        words[0] = static_cast<uint32_t>(seed) + round * 0x9E3779B9u;
+        words[1] = static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u;
+    }
+
+    // The words of the 4 * kBlocks tokens from 4 * block on.
+    template <int kBlocks>
+    __device__ __forceinline__ void words(uint32_t block, uint32_t (&out)[4 * kBlocks]) const {
 #pragma unroll
-        for (int round = 0; round < 10; ++round) {
-            const uint64_t product_0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
-            const uint64_t product_1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-            c0 = static_cast<uint32_t>(product_1 >> 32) ^ c1 ^ k0;
-            c1 = static_cast<uint32_t>(product_1);
-            c2 = static_cast<uint32_t>(product_0 >> 32) ^ c3 ^ k1;
-            c3 = static_cast<uint32_t>(product_0);
-            k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+        for (int i = 0; i < kBlocks; ++i) {
+            out[4 * i] = block + i, out[4 * i + 1] = position, out[4 * i + 2] = request, out[4 * i + 3] = sample;
         }
-        out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+#pragma unroll
+        for (int round = 0; round < kRounds; round += 2) {
+            uint4 pair;  // volatile: or twenty keys would be hoisted into registers that are needed elsewhere
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(pair.x), "=r"(pair.y), "=r"(pair.z), "=r"(pair.w)
+                         : "r"(common::shared_address(&keys[round / 2])));
+#pragma unroll
+            for (int i = 0; i < kBlocks; ++i) mix(out + 4 * i, pair.x, pair.y);
+#pragma unroll
+            for (int i = 0; i < kBlocks; ++i) mix(out + 4 * i, pair.z, pair.w);
+        }
+    }
+
+  private:
+    __device__ __forceinline__ static void mix(uint32_t* c, uint32_t key_low, uint32_t key_high) {
+        const uint64_t product_0 = static_cast<uint64_t>(c[0]) * 0xD2511F53u;
+        const uint64_t product_1 = static_cast<uint64_t>(c[2]) * 0xCD9E8D57u;
+        c[0] = static_cast<uint32_t>(product_1 >> 32) ^ c[1] ^ key_low;
+        c[1] = static_cast<uint32_t>(product_1);
+        c[2] = static_cast<uint32_t>(product_0 >> 32) ^ c[3] ^ key_high;
+        c[3] = static_cast<uint32_t>(product_0);
     }
 };
 

@@ -72,7 +72,7 @@ SAMPLING_BOTH float at_or_below(float x) {
 
 // Ordinals are coarser: one for each bf16 value, but a single one for all |x| < 1/16, where bf16 has half of its
 // values.
-constexpr int kZeroCode = 0x3D7F;  // upper half of the largest float below 1/16
+constexpr int kZeroCode = 0x3CFF;  // upper half of the largest float below 1/32
 
 SAMPLING_BOTH int ordinal_of(float x) {
     const uint32_t bits = float_bits(x);
@@ -89,6 +89,11 @@ SAMPLING_BOTH float highest_of_ordinal(int ordinal) {
 SAMPLING_BOTH float lowest_of_ordinal(int ordinal) {
     return ordinal > 0 ? bits_float(static_cast<uint32_t>(ordinal + kZeroCode) << 16)
                        : bits_float(0x80000000u | static_cast<uint32_t>(kZeroCode - ordinal) << 16 | 0xFFFFu);
+}
+
+// The bf16 value of any ordinal but 0.
+SAMPLING_BOTH float value_of_ordinal(int ordinal) {
+    return ordinal > 0 ? lowest_of_ordinal(ordinal) : highest_of_ordinal(ordinal);
 }
 
 // The best token so far in one integer: the greater score wins, then the lower id.

@@ -33,6 +33,13 @@ template <typename T>
 struct Chunk {
     uint32_t words[4];
 
+    __device__ __forceinline__ static Chunk select(bool first, const Chunk& a, const Chunk& b) {
+        Chunk result;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) result.words[i] = first ? a.words[i] : b.words[i];
+        return result;
+    }
+
     __device__ __forceinline__ void fill() {
         const float2 none{-kInfinity, -kInfinity};
         for (uint32_t& word : words) word = common::Pack<T>::from_floats(none.x, none.y);
@@ -75,6 +82,13 @@ template <>
 struct Chunk<float> {
     float values[kChunk];
 
+    __device__ __forceinline__ static Chunk select(bool first, const Chunk& a, const Chunk& b) {
+        Chunk result;
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) result.values[i] = first ? a.values[i] : b.values[i];
+        return result;
+    }
+
     __device__ __forceinline__ void fill() {
         for (float& value : values) value = -kInfinity;
     }
@@ -116,12 +130,10 @@ struct Slice {
         return {static_cast<T*>(p.logits) + row * p.stride_logits_row, begin, min(begin + p.chunks_per_block, chunks),
                 p.vocab_size, p.vector_loads};
     }
-    // visit(chunk, id of its first token), kLoads 16-byte loads at a time. All threads of the block make the same
-    // number of visits; a thread that has run out visits a chunk of -inf.
-    template <int kLoads, typename Visit>
+    // visit(chunk, id of its first token); kTogether chunks are loaded before the first is visited. All threads of the
+    // block make the same number of visits; a thread that has run out visits a chunk of -inf.
+    template <int kTogether, typename Visit>
     __device__ __forceinline__ void for_each(Visit&& visit) const {
-        constexpr int kTogether = kLoads * 16 / (kChunk * static_cast<int>(sizeof(T)));
-        static_assert(kTogether >= 1);
         for (int base = begin; base < end; base += kTogether * kThreads) {
             Chunk<T> chunks[kTogether];
 #pragma unroll
@@ -135,9 +147,17 @@ struct Slice {
                     chunks[i].load_some(row + chunk * kChunk, vocab_size - chunk * kChunk);
                 }
             }
+            if constexpr (kTogether ==
+                          2) {  // the visit's code once: instructions that a block meets for the first time are slow
+#pragma unroll 1
+                for (int i = 0; i < 2 && base + i * kThreads < end; ++i) {
+                    visit(Chunk<T>::select(i, chunks[1], chunks[0]), (base + i * kThreads + threadIdx.x) * kChunk);
+                }
+            } else {
 #pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-                if (base + i * kThreads < end) visit(chunks[i], (base + i * kThreads + threadIdx.x) * kChunk);
+                for (int i = 0; i < kTogether; ++i) {
+                    if (base + i * kThreads < end) visit(chunks[i], (base + i * kThreads + threadIdx.x) * kChunk);
+                }
             }
         }
     }

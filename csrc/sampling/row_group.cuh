@@ -1,4 +1,8 @@
 // The thread blocks that share a row: a cluster where the GPU has clusters, else a single block.
+//
+// They exchange 64-bit messages by asynchronous stores that complete on the receiver's mbarrier. A cluster barrier with
+// memory ordering would do too, but it waits for a fence of the whole GPU and drops all of L1, where the slices of the
+// row lie.
 #pragma once
 #include "common/async.cuh"
 #include "sampling/ordering.cuh"
@@ -14,10 +18,14 @@ __device__ __forceinline__ uint64_t warp_max(uint64_t x) {
     return static_cast<uint64_t>(high) << 32 | __reduce_max_sync(kAllLanes, mine);
 }
 
+// Of numbers below 2^63: by three parts of 21 bits, whose sums fit into 32 bits. One instruction a part, not ten
+// shuffles.
 __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
-#pragma unroll
-    for (int mask = 16; mask > 0; mask >>= 1) x += __shfl_xor_sync(kAllLanes, x, mask);
-    return x;
+    constexpr uint32_t kPart = (1u << 21) - 1;
+    const uint64_t low = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(x) & kPart);
+    const uint64_t middle = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(x >> 21) & kPart);
+    const uint64_t high = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(x >> 42));
+    return low + (middle << 21) + (high << 42);
 }
 
 __device__ __forceinline__ uint64_t warp_inclusive_sum(uint64_t x, int lane) {
@@ -40,40 +48,25 @@ struct RowGroup {
 #endif
         return group;
     }
-    // All threads of all blocks; what one wrote to shared memory before, all can read after.
-    __device__ __forceinline__ void sync() const {
+    // Once this thread's initialised mbarriers may be seen by the others; `meet` returns when all have arrived.
+    __device__ __forceinline__ void arrive() const {
+        common::fence_barrier_init();
 #if __CUDA_ARCH__ >= 900
-        if (size > 1) {
-            asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-            return;
-        }
-#endif
-        __syncthreads();
-    }
-    // The variable of block `other` that has the address of this block's `mine`.
-    __device__ __forceinline__ uint64_t load(const uint64_t* mine, uint32_t other) const {
-#if __CUDA_ARCH__ >= 900
-        uint64_t value;
-        asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(address(mine, other)) : "memory");
-        return value;
-#else
-        return *mine;
+        if (size > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
     }
-    __device__ __forceinline__ uint32_t load(const uint32_t* mine, uint32_t other) const {
+    __device__ __forceinline__ void meet() const {
 #if __CUDA_ARCH__ >= 900
-        uint32_t value;
-        asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(address(mine, other)) : "memory");
-        return value;
-#else
-        return *mine;
+        if (size > 1) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
     }
-    __device__ __forceinline__ void store(uint64_t* mine, uint32_t other, uint64_t value) const {
+    // Stores to the variable of block `other` that has the address of this block's `slot`; counts on its `mailbox`.
+    __device__ __forceinline__ void send(uint64_t* slot, uint64_t* mailbox, uint32_t other, uint64_t message) const {
 #if __CUDA_ARCH__ >= 900
-        asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address(mine, other)), "l"(value) : "memory");
-#else
-        *mine = value;
+        asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(
+                         address(slot, other)),
+                     "l"(message), "r"(address(mailbox, other))
+                     : "memory");
 #endif
     }
 
@@ -89,18 +82,28 @@ struct RowGroup {
 
 // The row's best candidate, known to all threads of the group. Use each instance once.
 struct BestOfRow {
-    uint64_t warps[kWarps], blocks[kMaxBlocksPerRow];
+    uint64_t warps[kWarps], blocks[kMaxBlocksPerRow], mailbox;
 
-    __device__ uint64_t reduce(const RowGroup& group, uint64_t mine) {
+    // By one thread, before RowGroup::arrive.
+    __device__ void init() { common::mbarrier_init(common::shared_address(&mailbox), 1); }
+
+    // Every thread gives its candidate; synchronises the block.
+    __device__ __forceinline__ void publish(const RowGroup& group, uint64_t mine) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         mine = warp_max(mine);
         if (lane == 0) warps[warp] = mine;
         __syncthreads();
-        if (warp == 0) {
+        if (warp == 0 && group.size > 1) {
             const uint64_t best = warp_max(lane < kWarps ? warps[lane] : 0);
-            if (lane < group.size) group.store(&blocks[group.rank], lane, best);
+            if (lane == 0) common::mbarrier_expect(common::shared_address(&mailbox), group.size * sizeof(uint64_t));
+            if (lane < group.size) group.send(&blocks[group.rank], &mailbox, lane, best);
         }
-        group.sync();
+    }
+    // Waits for all blocks.
+    __device__ __forceinline__ uint64_t collect(const RowGroup& group) const {
+        const int lane = threadIdx.x % 32;
+        if (group.size == 1) return warp_max(lane < kWarps ? warps[lane] : 0);
+        common::mbarrier_wait(common::shared_address(&mailbox), 0);
         return warp_max(lane < group.size ? blocks[lane] : 0);
     }
 };

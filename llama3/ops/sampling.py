@@ -19,7 +19,6 @@ GREEDY, UNFILTERED, FILTERED = range(3)  # the numbers of sampling::Mode
 RULES = FLOAT_FIELDS + INTEGER_FIELDS
 MAX_BATCH = 65535
 MIN_TOKENS_PER_BLOCK = 4096  # every thread has 8
-BLOCKS_PER_SM = 2
 
 
 def sample(
@@ -87,14 +86,16 @@ def library() -> ModuleType:
     return load_custom_kernels.load("sampling")
 
 
-def choose_blocks_per_row(batch: int, vocab_size: int, num_sms: int, largest: int) -> int:
-    """As many blocks as fit on the GPU at once, if each has something to do; a power of two up to `largest`."""
+def choose_blocks_per_row(batch: int, vocab_size: int, num_sms: int, largest: int, filtered: bool) -> int:
+    """A power of two up to `largest`: a multiprocessor for every block, if each block has something to do.
+
+    Filters keep a block waiting for its neighbours often, so two small clusters a multiprocessor pay.
+    """
     blocks = 1
-    while (
-        2 * blocks <= largest
-        and 2 * blocks * batch <= BLOCKS_PER_SM * num_sms
-        and vocab_size >= 2 * blocks * MIN_TOKENS_PER_BLOCK
-    ):
+    while 2 * blocks <= largest and vocab_size >= 2 * blocks * MIN_TOKENS_PER_BLOCK:
+        room = 2 * num_sms if filtered and 2 * blocks <= 4 else num_sms
+        if 2 * blocks * batch > room:
+            break
         blocks *= 2
     return blocks
 
@@ -173,7 +174,8 @@ def _launch(
             out=out.data_ptr(),
             state=library().State(**state),
             mode=mode,
-            blocks_per_row=blocks_per_row or choose_blocks_per_row(batch, vocab_size, num_sms, most_blocks),
+            blocks_per_row=blocks_per_row
+            or choose_blocks_per_row(batch, vocab_size, num_sms, most_blocks, mode == FILTERED),
             overlap=overlap and can_overlap,
             stream=torch.cuda.current_stream().cuda_stream,
         )
