@@ -18,7 +18,7 @@ constexpr int kBinsPerGroup = 32;
 constexpr int kBinGroups = 64;
 constexpr int kBelow = kBinGroups - 1;  // the last group's place holds the weight of what is left out of the bins
 constexpr int kBins = kBelow * kBinsPerGroup;
-static_assert(kThreads == 8 * kBinGroups && kBinGroups == 4 * kWarps);
+static_assert(kBinGroups == 2 * 32 && kBinGroups % kWarps == 0);  // two groups a lane; the same number a warp
 
 // Either 1, or the probability over the greatest one in units of 2^-31.
 struct Weight {
@@ -41,7 +41,7 @@ struct Search {
     float floor;   // lower logits take no part (-inf: all but -inf do)
     float lowest;  // the first round skips lower logits: they take no part, weigh nothing, or need not be weighed
     float start;   // where the bins of the first round end, a value of T that is at least `floor`; lower logits join
-                   // only if the target is not reached above; each must have a mass below 2^23 (Weight::of_small)
+                   // only if the target is not reached above
     float top_p;   // of a mass: `target` is this share of all weight less `excess`, known after the first round
     uint64_t excess;
     uint64_t target;  // what the weight of greater logits must stay below; in later rounds without those above the bins
@@ -245,7 +245,7 @@ struct CutoffMemory {
             if (counted) {
                 const int highest = search.highest;
                 const float start = search.start, lowest = search.lowest;
-                slice.template for_each<sizeof(T) == 2 ? 2 : 1>([&](const Chunk<T>& chunk, int) {
+                slice.template for_each<2>([&](const Chunk<T>& chunk, int) {
                     const float greatest = chunk.max();
                     if (greatest < lowest) return;
                     float x[kChunk];

@@ -81,8 +81,7 @@ struct Draw {
                 float at_least = -kInfinity;
                 const float score = fmaf(x_most, inverse, gumbel_at_least(word_most));
                 if (fabsf(score) < 1e30f && __fdiv_rn(x_most, temperature) >= threshold_score) {
-                    at_least =
-                        score - 2 * slack(score);  // once for its own error, once for that of what it is compared with
+                    at_least = limit_of(score);
                 }
                 const uint32_t raised = __reduce_max_sync(kAllLanes, ordered(at_least));
                 if (threadIdx.x % 32 == 0) atomicMax(&limit, raised);
