@@ -8,11 +8,35 @@
 
 namespace decode_step {
 
+// Sums each of the first N values over the lanes that differ in the bits from kMask down to kLast, by halves: afterwards a
+// lane holds max(1, N / lanes) sums, those whose index has the lane's bits on top.
+template <int kMask, int kLast, int N>
+__device__ __forceinline__ void transposed_sum(float* v, int lane) {
+    if constexpr (N > 1) {
+        constexpr int kHalf = N / 2;
+        const bool upper = lane & kMask;
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) {
+            const float sent = upper ? v[i] : v[i + kHalf];
+            const float kept = upper ? v[i + kHalf] : v[i];
+            v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kMask);
+        }
+        if constexpr (kMask > kLast) transposed_sum<kMask / 2, kLast, kHalf>(v, lane);
+    } else {
+        v[0] += __shfl_xor_sync(0xffffffffu, v[0], kMask);
+        if constexpr (kMask > kLast) transposed_sum<kMask / 2, kLast, 1>(v, lane);
+    }
+}
+
 template <int D, int GP>
 struct Attention {
     static constexpr int kLanes = D / 8;           // lanes a token
     static constexpr int kPerLoad = 32 / kLanes;   // tokens a load
     static constexpr int kLoads = 8 / kPerLoad;    // loads for the warp's 8 tokens
+    #ifndef DECODE_STEP_TILES
+#define DECODE_STEP_TILES 2
+#endif
+    static constexpr int kTiles = GP == 4 ? DECODE_STEP_TILES : 1;  // tiles at a time: more to do between the waits of softmax
     static_assert(GP == 4 || GP == 8, "fewer heads are padded to 4");
     static constexpr int kScores = GP / 4;  // scores a lane holds after summing
     static constexpr float kNoScore = -1e30f;      // the maximum of nothing, finite so that differences are
@@ -51,30 +75,36 @@ struct Attention {
 
     __device__ static int head_lane(int g) { return g / kScores; }  // bits 0-1 of the lanes that hold head g
 
-    // Eight tokens, of which the first `count` in the order (load, member) exist: token = load * kPerLoad + member.
-    __device__ __forceinline__ void update(const uint4 (&k)[kLoads], uint4 (&v)[kLoads], int count) {
-        float scores[kLoads * GP];
+    // kTiles times eight tokens, of which the first count[0] and count[1] in the order (load, member) exist.
+    __device__ __forceinline__ void update(const uint4 (&k)[kTiles][kLoads], uint4 (&v)[kTiles][kLoads], const int (&count)[kTiles]) {
+        float scores[kTiles][kLoads * GP];
 #pragma unroll
         for (int g = 0; g < GP; ++g) {
             if constexpr (!kHoldsQ) load_q(g, q);
 #pragma unroll
-            for (int i = 0; i < kLoads; ++i) {
-                float f[8], dot = 0.f;
-                unpack(k[i], f);
+            for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-                for (int e = 0; e < 8; ++e) dot = fmaf(q[(kHoldsQ ? g * 8 : 0) + e], f[e], dot);
-                scores[i * GP + g] = dot;
-            }
+                for (int i = 0; i < kLoads; ++i) {
+                    float f[8], dot = 0.f;
+                    unpack(k[t][i], f);
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) dot = fmaf(q[(kHoldsQ ? g * 8 : 0) + e], f[e], dot);
+                    scores[t][i * GP + g] = dot;
+                }
         }
-        transposed_sum<kLanes / 2, 1, kLoads * GP>(scores, lane);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) transposed_sum<kLanes / 2, 1, kLoads * GP>(scores[t], lane);
 
-        const bool exists = (column >> 2) * kPerLoad + member < count;
         float largest[kScores];
         bool grows = false;
 #pragma unroll
         for (int i = 0; i < kScores; ++i) {
-            if (!exists) scores[i] = -INFINITY;
-            largest[i] = fmaxf(maximum[i], scores[i]);
+            largest[i] = maximum[i];
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) {
+                if ((column >> 2) * kPerLoad + member >= count[t]) scores[t][i] = -INFINITY;
+                largest[i] = fmaxf(largest[i], scores[t][i]);
+            }
 #pragma unroll
             for (int mask = 4; mask < 32; mask *= 2)
                 largest[i] = fmaxf(largest[i], __shfl_xor_sync(0xffffffffu, largest[i], mask));
@@ -82,26 +112,29 @@ struct Attention {
         }
         if (__any_sync(0xffffffffu, grows)) rescale(largest);
 #pragma unroll
-        for (int i = 0; i < kScores; ++i) {
-            scores[i] = exp2f(scores[i] - maximum[i]);
-            sum[i] += scores[i];
-        }
-        // Past the context's end the ring holds whatever was there, NaN perhaps, which a weight of 0 does not remove.
-        if (count < 8) {
+        for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-            for (int i = 0; i < kLoads; ++i)
-                if (i * kPerLoad + member >= count) v[i] = make_uint4(0, 0, 0, 0);
-        }
+            for (int i = 0; i < kScores; ++i) {
+                scores[t][i] = exp2f(scores[t][i] - maximum[i]);
+                sum[i] += scores[t][i];
+            }
+            // Past the context's end the ring holds whatever was there, NaN perhaps, which a weight of 0 does not remove.
+            if (count[t] < 8) {
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-            float f[8];
-            unpack(v[i], f);
+                for (int i = 0; i < kLoads; ++i)
+                    if (i * kPerLoad + member >= count[t]) v[t][i] = make_uint4(0, 0, 0, 0);
+            }
 #pragma unroll
-            for (int g = 0; g < GP; ++g) {
-                const int source = member * kLanes + i * 4 + head_lane(g);
-                const float weight = __shfl_sync(0xffffffffu, scores[g % kScores], source);
+            for (int i = 0; i < kLoads; ++i) {
+                float f[8];
+                unpack(v[t][i], f);
 #pragma unroll
-                for (int e = 0; e < 8; ++e) out[g * 8 + e] = fmaf(weight, f[e], out[g * 8 + e]);
+                for (int g = 0; g < GP; ++g) {
+                    const int source = member * kLanes + i * 4 + head_lane(g);
+                    const float weight = __shfl_sync(0xffffffffu, scores[t][g % kScores], source);
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) out[g * 8 + e] = fmaf(weight, f[e], out[g * 8 + e]);
+                }
             }
         }
     }
@@ -158,6 +191,9 @@ __device__ __forceinline__ void stage_head(const Params& p, const Step& step, ui
 #pragma unroll
         for (int i = 0; i < kWords; ++i) stale |= word[i] ^ use;
         if (__all_sync(0xffffffffu, (stale & 3u) == 0)) break;
+#ifdef DECODE_STEP_FREE
+        break;
+#endif
         watchdog.check();
 #pragma unroll
         for (int i = 0; i < kWords; ++i) word[i] = load_volatile(source + lane + i * 32);
@@ -232,6 +268,9 @@ __device__ __forceinline__ void merge(const Params& p, const AttentionWork& work
         const auto finish = [use](uint64_t pair, const uint64_t* p) {
             Watchdog watchdog;
             while (static_cast<uint32_t>(pair >> 32) != use) {
+#ifdef DECODE_STEP_FREE
+                break;
+#endif
                 watchdog.check();
                 pair = load_volatile(p);
             }
@@ -264,7 +303,7 @@ __device__ __forceinline__ void attention(const Params& p, const Step& step, int
     const AttentionScratch scratch = attention_scratch<D, GP>(memory);
     const uint32_t use = step.first_use + layer;
     const int group = p.num_heads / p.num_kv_heads;  // below GP: the last heads of the scratch are never written, nor used
-    const bool has_new = work.split == 0;
+    const bool has_new = work.split == work.num_splits - 1;  // the new token is in the last tile
 
     PROFILE_BEGIN(q_began);
     const uint32_t* new_k = p.qkv + (p.num_heads + work.head) * D;
@@ -284,27 +323,35 @@ __device__ __forceinline__ void attention(const Params& p, const Step& step, int
     constexpr int kLoads = Attention<D, GP>::kLoads, kPerLoad = Attention<D, GP>::kPerLoad;
     constexpr uint32_t kTileBytes = kTileTokens * D * 2;
     const uint32_t lane_offset = (warp * 8 + state.member) * (D * 2) + state.column * 16;
-    // The new token is one more tile, of one token, before the others.
+    constexpr int kTiles = Attention<D, GP>::kTiles, kInChunk = tiles_per_chunk(D);
+    const int new_tile = step.position / kTileTokens, new_row = step.position % kTileTokens;
+    uint32_t chunk = 0;
 #pragma unroll 1
-    for (int tile = work.tile_begin - (has_new ? 1 : 0); tile < work.tile_end; ++tile) {
-        uint4 k[kLoads] = {}, v[kLoads] = {};
-        int count;
-        if (tile < work.tile_begin) {
-            k[0] = reinterpret_cast<const uint4*>(scratch.k)[state.column];
-            v[0] = reinterpret_cast<const uint4*>(scratch.v)[state.column];
-            count = warp == 0 ? 1 : 0;
-        } else {
-            uint32_t chunk = ring.acquire(kTileBytes) + lane_offset;
+    for (int first = work.tile_begin; first < work.tile_end; first += kTiles) {
+        uint4 k[kTiles][kLoads] = {}, v[kTiles][kLoads] = {};
+        int count[kTiles];
 #pragma unroll
-            for (int i = 0; i < kLoads; ++i) k[i] = load_shared(chunk + i * kPerLoad * (D * 2));
-            ring.release(kTileBytes, lane);
-            chunk = ring.acquire(kTileBytes) + lane_offset;
+        for (int t = 0; t < kTiles; ++t) {
+            const int tile = first + t, in_chunk = (tile - work.tile_begin) % kInChunk;
+            count[t] = tile < work.tile_end ? step.position + 1 - tile * kTileTokens - warp * 8 : 0;
+            if (tile >= work.tile_end) continue;
+            if (in_chunk == 0) chunk = ring.acquire();
+            const uint32_t k_tile = chunk + 2 * in_chunk * kTileBytes, v_tile = k_tile + kTileBytes;
+            if (tile == new_tile && new_row / 8 == warp) {  // the new token joins the others in shared memory
+                if (lane < D / 8) {
+                    store_shared(k_tile + new_row * (D * 2) + lane * 16, reinterpret_cast<const uint4*>(scratch.k)[lane]);
+                    store_shared(v_tile + new_row * (D * 2) + lane * 16, reinterpret_cast<const uint4*>(scratch.v)[lane]);
+                    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // before the slot's next copy
+                }
+                __syncwarp();
+            }
 #pragma unroll
-            for (int i = 0; i < kLoads; ++i) v[i] = load_shared(chunk + i * kPerLoad * (D * 2));
-            ring.release(kTileBytes, lane);
-            count = step.position - tile * kTileTokens - warp * 8;
+            for (int i = 0; i < kLoads; ++i) k[t][i] = load_shared(k_tile + lane_offset + i * kPerLoad * (D * 2));
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) v[t][i] = load_shared(v_tile + lane_offset + i * kPerLoad * (D * 2));
+            if (in_chunk == kInChunk - 1 || tile == work.tile_end - 1) ring.release(lane);
         }
-        if (count > 0) state.update(k, v, count);
+        if (count[0] > 0) state.update(k, v, count);
     }
     PROFILE_END(shared, 16, tiles_began);
 

@@ -22,7 +22,7 @@ PYBIND11_MODULE(decode_step, module) {
     POINTER(candidates) POINTER(steps_done) POINTER(profile)
     NUMBER(stride_cache_layer) NUMBER(blocks_per_slot) NUMBER(max_positions) NUMBER(num_layers) NUMBER(hidden_size)
     NUMBER(num_heads) NUMBER(num_kv_heads) NUMBER(vocab_size) NUMBER(rms_norm_eps) NUMBER(softmax_scale_log2)
-    NUMBER(ring_bytes) NUMBER(max_in_flight) NUMBER(max_splits) NUMBER(single_split_tiles) NUMBER(num_stop_ids) NUMBER(num_steps) NUMBER(draws)
+    NUMBER(max_streaming) NUMBER(max_exchanging) NUMBER(exchange_chunks) NUMBER(max_splits) NUMBER(single_split_tiles) NUMBER(num_stop_ids) NUMBER(num_steps) NUMBER(draws)
 #undef NUMBER
 #undef POINTER
     params.def("set_linear", [](Params& p, int op, int rows, int k, int row_unit) {

@@ -12,32 +12,42 @@ __device__ __forceinline__ float residual(const Params& p, int op, int layer, co
     return await(p.x_attn + packet_index(row), step.first_use + layer - 1);
 }
 
-// Where the partial sums of a batch's rows are. All counts are powers of two.
-struct BatchLayout {
-    int row_bits, group_bits, k_slices;  // log2 of rows a warp takes of a chunk, of groups of warps; warps that share a row
-
-    __device__ explicit BatchLayout(const Linear& linear)
-        : row_bits(linear.row_bits), group_bits(linear.group_bits), k_slices(linear.k_slices) {}
-
-    __device__ __forceinline__ float sum_row(const Batch& batch, int r) const {
-        const int group = (r >> row_bits) & ((1 << group_bits) - 1);
-        const int slot = (r >> (row_bits + group_bits) << row_bits) + (r & ((1 << row_bits) - 1));
-        float sum = 0.f;
+// Sums a batch's partial products over warps and segments into shared.row_sum. A group of warps has kBatchRows slots, which
+// are rows in the order (chunk, row of the group in the chunk). Four lanes take four slots each, eight such teams share the
+// segments.
+__device__ __forceinline__ void sum_batch(const Linear& linear, const Batch& batch, int lane, float* row_sum) {
+    static_assert(kBatchRows == 16, "four lanes of four slots");
+    const int quad = lane & 3, team = lane >> 2;
+    for (int group = 0; group < 1 << linear.group_bits; ++group) {
+        const float4* part = reinterpret_cast<const float4*>(batch.part[group * linear.k_slices * 8 + team]) + quad;
+        float v[4] = {};
 #pragma unroll
         for (int w = 0; w < kMathWarps; ++w)
-            if (w < k_slices) sum += batch.part[group * k_slices + w][slot];
-        return sum;
+            if (w < linear.k_slices) {
+                const float4 p = part[w * 8 * (kBatchRows / 4)];
+                v[0] += p.x, v[1] += p.y, v[2] += p.z, v[3] += p.w;
+            }
+        const auto halve = [lane](float low, float high, int mask) {
+            const bool upper = lane & mask;
+            return (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, mask);
+        };
+        const float a = halve(v[0], v[2], 16), b = halve(v[1], v[3], 16);
+        float sum = halve(a, b, 8);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 4);
+        const int slot = quad * 4 + (lane >> 4) * 2 + (lane >> 3 & 1), row_mask = (1 << linear.row_bits) - 1;
+        if ((lane & 4) == 0)
+            row_sum[((slot >> linear.row_bits << linear.group_bits) + group << linear.row_bits) + (slot & row_mask)] = sum;
     }
-};
+    __syncwarp();
+}
 
 __device__ __forceinline__ void finish_op(const Params& p, int op, int layer, const Step& step, int token, int lane,
-                                          const Sampler& sampler, uint32_t& batch_count, SharedState& shared) {
+                                          uint32_t& batch_count, SharedState& shared) {
     const Linear& linear = p.linear[op];
     const Rows rows = rows_of_block(linear, op, layer, blockIdx.x, gridDim.x);
     const uint32_t use = step.first_use + layer;
     const int batch_rows = kBatchRows * (kMathWarps / linear.k_slices);
     const bool adds = op == kO || op == kDown;
-    const BatchLayout layout(linear);
     Candidate best{0.f, -1};
     for (int first = 0; first < rows.count; first += batch_rows) {
         const uint32_t buffer = batch_count % kBatchBuffers, round = batch_count / kBatchBuffers;
@@ -53,34 +63,33 @@ __device__ __forceinline__ void finish_op(const Params& p, int op, int layer, co
             float squares = 0.f;
 #pragma unroll
             for (int w = 0; w < kMathWarps; ++w)
-                if (w < layout.k_slices) squares += batch.sum_squares[w];
+                if (w < linear.k_slices) squares += batch.sum_squares[w];
             scale = rsqrtf(squares / p.hidden_size + p.rms_norm_eps);
         }
-        for (int r = lane; r - lane < count; r += 32) {
-            const bool exists = r < count;
+        sum_batch(linear, batch, lane, shared.row_sum);
+        __syncwarp();
+        if (lane == 0) common::mbarrier_arrive(common::shared_address(&shared.batch_empty[buffer]));
+        ++batch_count;
+        for (int r = lane; r < count; r += 32) {
             const int row = rows.begin + first + r;
-            float value = layout.sum_row(batch, min(r, batch_rows - 1)) * scale;
+            const float value = shared.row_sum[r] * scale;
             if (op == kGateUp) {  // gate in the lower, up in the upper 8 of 16 rows
-                const float up = __shfl_down_sync(0xffffffffu, value, 8);
-                if (exists && (r & 8) == 0) {
+                if ((r & 8) == 0) {
                     const int index = row / 16 * 8 + row % 8;
+                    const float up = shared.row_sum[r + 8] * scale;
                     publish(p.act + packet_index(index), value / (1.f + __expf(-value)) * up, use);
                 }
-            } else if (!exists) {
-                continue;
             } else if (op == kQkv) {
                 publish(p.qkv + row, value, use);
             } else if (op == kHead) {
                 if (p.logits != nullptr) __stcs(p.logits + row, value);
-                if (p.draws) best = better(best, {sampler.score(value, row), row});
+                if (p.draws) best = better(best, {Sampler::load(p, step.position + 1).score(value, row), row});
             } else {
                 if (r != lane) added = residual(p, op, layer, step, token, row);
                 publish((op == kO ? p.x_mlp : p.x_attn) + packet_index(row), added + value, use);
             }
         }
-        __syncwarp();
-        if (lane == 0) common::mbarrier_arrive(common::shared_address(&shared.batch_empty[buffer]));
-        ++batch_count;
+        __syncwarp();  // row_sum is written again
     }
     if (op == kHead && p.draws) {
         best = warp_best(best);
@@ -98,31 +107,33 @@ __device__ __forceinline__ bool record(const Params& p, int index, int position,
     return ended;
 }
 
-__device__ inline void run_epilogue(const Params& p, int position, uint32_t steps_done, int lane, SharedState& shared) {
+__device__ inline void run_epilogue(const Params& p, int lane, SharedState& shared) {
     uint32_t batch_count = 0;
     int token = static_cast<int>(*p.token_id);
     bool ended = false;
     for (int index = 0; index < p.num_steps; ++index) {
-        const Step step = make_step(p, position, steps_done, index);
+        const Step step = make_step(p, shared, index);
         if (index > 0) {
             token = drawn_token(p, step.number - 1);
             if (blockIdx.x == 0 && lane == 0) ended |= record(p, index - 1, step.position, token);
         }
-        const Sampler sampler = Sampler::load(p, step.position + 1);
-        for (int i = 0; i < 4 * p.num_layers; ++i)
-            finish_op(p, i & 3, i >> 2, step, token, lane, sampler, batch_count, shared);
-        finish_op(p, kHead, p.num_layers, step, token, lane, sampler, batch_count, shared);
+#pragma unroll 1
+        for (int i = 0; i <= 4 * p.num_layers; ++i) {
+            const int layer = i >> 2, op = layer == p.num_layers ? static_cast<int>(kHead) : i & 3;
+            finish_op(p, op, layer, step, token, lane, batch_count, shared);
+        }
     }
     // Block 0 leaves the state for the next launch. All blocks have read the old one: they have published candidates.
     if (blockIdx.x != 0) return;
+    const Step next = make_step(p, shared, p.num_steps);
     if (p.draws) {
-        token = drawn_token(p, steps_done + p.num_steps);
+        token = drawn_token(p, next.number - 1);
         if (lane != 0) return;
-        ended |= record(p, p.num_steps - 1, position + p.num_steps, token);
+        ended |= record(p, p.num_steps - 1, next.position, token);
         *p.token_id = token;
-        *p.position = ended ? -1 : position + p.num_steps;
+        *p.position = ended ? -1 : next.position;
     }
-    if (lane == 0) *p.steps_done = steps_done + p.num_steps;
+    if (lane == 0) *p.steps_done = next.number - 1;
 }
 
 }  // namespace decode_step

@@ -56,26 +56,6 @@ __device__ __forceinline__ float load_input(const GemvInput& in, int slice, int 
     return sum;
 }
 
-// Sums each of the first N values over the lanes that differ in the bits from kMask down to kLast, by halves: afterwards a
-// lane holds max(1, N / lanes) sums, those whose index has the lane's bits on top.
-template <int kMask, int kLast, int N>
-__device__ __forceinline__ void transposed_sum(float* v, int lane) {
-    if constexpr (N > 1) {
-        constexpr int kHalf = N / 2;
-        const bool upper = lane & kMask;
-#pragma unroll
-        for (int i = 0; i < kHalf; ++i) {
-            const float sent = upper ? v[i] : v[i + kHalf];
-            const float kept = upper ? v[i + kHalf] : v[i];
-            v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kMask);
-        }
-        if constexpr (kMask > kLast) transposed_sum<kMask / 2, kLast, kHalf>(v, lane);
-    } else {
-        v[0] += __shfl_xor_sync(0xffffffffu, v[0], kMask);
-        if constexpr (kMask > kLast) transposed_sum<kMask / 2, kLast, 1>(v, lane);
-    }
-}
-
 // x as the tensor core's left operand, 16 x 16 tiles. The columns of a unit fall into 8 segments of 32, one for each group
 // of four lanes. Row n of a tile is segment n of x in bf16, row 8 + n what bf16 leaves over of it: two exact products
 // accumulated in fp32 lose 2^-17 of x instead of 2^-9.
@@ -105,11 +85,13 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// This lane's share of R rows' products with x: to be summed over the warp.
+// The products of R rows with the warp's slice of x, one of the 8 segments in each lane that is_diagonal, rubbish in others.
+__device__ __forceinline__ bool is_diagonal(int lane) { return (lane & 3) == lane >> 3; }
+
+#ifndef DECODE_STEP_FMA
 template <int U, int R>
 __device__ __forceinline__ void multiply_rows(const uint4 (&w)[R][U], const SplitInput<U>& x, int lane, float (&out)[R]) {
     constexpr int kChains = R >= 4 ? 1 : R >= 2 ? 2 : 4;  // at least four independent accumulators
-    const bool odd = lane & 4, diagonal = (lane & 3) == lane >> 3;
     float c[R][kChains][4] = {};
 #pragma unroll
     for (int u = 0; u < U; ++u)
@@ -120,57 +102,134 @@ __device__ __forceinline__ void multiply_rows(const uint4 (&w)[R][U], const Spli
         }
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-        float even_sum = 0.f, odd_sum = 0.f;
 #pragma unroll
-        for (int i = 0; i < kChains; ++i) {
-            even_sum += c[r][i][0] + c[r][i][2];
-            odd_sum += c[r][i][1] + c[r][i][3];
+        for (int i = 1; i < kChains; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) c[r][0][e] += c[r][i][e];
+        out[r] = (lane & 4) ? c[r][0][1] + c[r][0][3] : c[r][0][0] + c[r][0][2];
+    }
+}
+
+#else
+template <int kMask, int kLast, int N>
+__device__ __forceinline__ void quad_sum(float* v, int lane) {
+    if constexpr (N > 1) {
+        constexpr int kHalf = N / 2;
+        const bool upper = lane & kMask;
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) {
+            const float sent = upper ? v[i] : v[i + kHalf];
+            const float kept = upper ? v[i + kHalf] : v[i];
+            v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kMask);
         }
-        out[r] = diagonal ? (odd ? odd_sum : even_sum) : 0.f;
+        if constexpr (kMask > kLast) quad_sum<kMask / 2, kLast, kHalf>(v, lane);
+    } else {
+        v[0] += __shfl_xor_sync(0xffffffffu, v[0], kMask);
+        if constexpr (kMask > kLast) quad_sum<kMask / 2, kLast, 1>(v, lane);
+    }
+}
+template <int U, int R>
+__device__ __forceinline__ void multiply_rows(const uint4 (&w)[R][U], const float (&x)[U][8], int lane, float (&out)[R]) {
+    constexpr int kSums = R >= 4 ? 1 : 4 / R;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        float sums[kSums] = {};
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            float f[8];
+            unpack(w[r][u], f);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) sums[e % kSums] = fmaf(f[e], x[u][e], sums[e % kSums]);
+        }
+#pragma unroll
+        for (int i = 1; i < kSums; ++i) sums[0] += sums[i];
+        out[r] = sums[0];
+    }
+    quad_sum<2, 1, R>(out, lane);
+}
+#endif
+
+template <int R>
+__device__ __forceinline__ void store_floats(float* to, const float (&v)[R]) {
+    if constexpr (R % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < R; i += 4) *reinterpret_cast<float4*>(to + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < R; ++i) to[i] = v[i];
     }
 }
 
 // All rows of one projection that belong to this block. U units of columns a warp.
 template <int U>
-__device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInput& in, int num_rows, int warp, int lane,
+__device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInput& in, int num_rows, int exchange_chunks, int warp, int lane,
                                      RingReader& ring, uint32_t& batch_count, SharedState& shared) {
-    constexpr int kRows = rows_per_warp(U), kChunks = kBatchRows / kRows, kShare = 32 / kRows;
+    constexpr int kRows = rows_per_warp(U), kChunks = kBatchRows / kRows;
     const int slice = warp % linear.k_slices, group = warp / linear.k_slices;
     const int chunk_rows = pinned(linear.chunk_rows), num_chunks = (num_rows + chunk_rows - 1) / chunk_rows;
-    const uint32_t row_bytes = pinned(linear.k * 2), chunk_bytes = chunk_rows * row_bytes;
+    const uint32_t row_bytes = pinned(linear.k * 2);
     const uint32_t lane_offset = group * kRows * row_bytes + slice * U * (kUnit * 2) + lane * 16;
 
     PROFILE_BEGIN(op_began);
-    SplitInput<U> x;
     float sum_squares;
+#ifdef DECODE_STEP_FMA
+    float x[U][8];
+    sum_squares = load_input<U>(in, slice, lane, x);
+#else
+    SplitInput<U> x;
     {
         float wide[U][8];
         sum_squares = load_input<U>(in, slice, lane, wide);
         x.set(wide);
     }
+#endif
     PROFILE_END(shared, op, op_began);
 
     // Two chunks in turn: while one is multiplied, the other is on its way from shared memory.
+    const bool signals = warp == 0 && lane == 0;
+    const int exchange_from = max(num_chunks - exchange_chunks, 0);
+    if (signals) *static_cast<volatile uint32_t*>(&shared.ring.exchanging) = 0;
     uint4 even[kRows][U], odd[kRows][U] = {};
+    bool here = false;
     const auto load_chunk = [&](uint4(&w)[kRows][U]) {
         PROFILE_BEGIN(wait_began);
-        const uint32_t chunk = ring.acquire(chunk_bytes) + lane_offset;
+        const uint32_t chunk = ring.acquire(here) + lane_offset;
         PROFILE_END(shared, 5 + op, wait_began);
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
 #pragma unroll
-            for (int u = 0; u < U; ++u) w[r][u] = load_shared(chunk + r * row_bytes + u * (kUnit * 2));
+            for (int u = 0; u < U; ++u)
+#ifndef DECODE_STEP_NO_MATH
+                w[r][u] = load_shared(chunk + r * row_bytes + u * (kUnit * 2));
+#else
+                w[r][u] = make_uint4(chunk, 0, 0, 0);
+#endif
     };
     const auto multiply_chunk = [&](int c, const uint4(&w)[kRows][U], uint4(&next)[kRows][U]) {
         const uint32_t buffer = batch_count % kBatchBuffers, round = batch_count / kBatchBuffers;
         Batch& batch = shared.batch[buffer];
         if (c % kChunks == 0) wait_phase(common::shared_address(&shared.batch_empty[buffer]), (round & 1) ^ 1);
-        ring.release(chunk_bytes, lane);
+        ring.release(lane);
+        if (signals && c == exchange_from) *static_cast<volatile uint32_t*>(&shared.ring.exchanging) = 1;
         if (c + 1 < num_chunks) load_chunk(next);
         float sums[kRows];
+#ifndef DECODE_STEP_NO_MATH
         multiply_rows<U, kRows>(w, x, lane, sums);
-        transposed_sum<16, 1, kRows>(sums, lane);  // kShare lanes hold each row
-        if (lane % kShare == 0) batch.part[warp][c % kChunks * kRows + lane / kShare] = sums[0];
+#else
+        for (int r = 0; r < kRows; ++r) sums[r] = __uint_as_float(w[r][0].x);
+#endif
+        #ifndef DECODE_STEP_NO_PEEK
+        here = c + 2 < num_chunks && ring.peek();
+#endif
+#ifdef DECODE_STEP_FMA
+        float* part = &batch.part[warp * 8 + lane / 4][c % kChunks * kRows];
+        if constexpr (kRows == 8) *reinterpret_cast<float2*>(part + (lane & 3) * 2) = make_float2(sums[0], sums[1]);
+        if constexpr (kRows == 4) part[lane & 3] = sums[0];
+        if constexpr (kRows == 2) { if ((lane & 1) == 0) part[(lane & 2) / 2] = sums[0]; }
+        if constexpr (kRows == 1) { if ((lane & 3) == 0) part[0] = sums[0]; }
+#else
+        if (is_diagonal(lane)) store_floats<kRows>(&batch.part[warp * 8 + lane / 4][c % kChunks * kRows], sums);
+#endif
         if (c % kChunks == kChunks - 1 || c + 1 == num_chunks) {
             if (lane == 1) batch.sum_squares[warp] = sum_squares;
             __syncwarp();

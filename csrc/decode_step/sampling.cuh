@@ -24,7 +24,7 @@ __device__ __forceinline__ Candidate warp_best(Candidate c) {
 
 // Philox4x32-10 (Salmon et al., SC 2011).
 __device__ inline uint4 philox(uint4 counter, uint2 key) {
-#pragma unroll
+#pragma unroll 2
     for (int round = 0; round < 10; ++round) {
         const uint32_t high0 = __umulhi(0xD2511F53u, counter.x), low0 = 0xD2511F53u * counter.x;
         const uint32_t high1 = __umulhi(0xCD9E8D57u, counter.z), low1 = 0xCD9E8D57u * counter.z;

@@ -5,15 +5,18 @@
 namespace decode_step {
 
 // Partial sums of a batch of rows on their way from the math warps to the epilogue warp.
-struct Batch {
-    float part[kMathWarps][kBatchRows];
-    float sum_squares[kMathWarps];  // of each warp's slice of x
+struct alignas(16) Batch {
+    float part[kMathWarps * 8][kBatchRows];  // of each warp's 8 segments of columns
+    float sum_squares[kMathWarps];           // of each warp's slice of x
 };
 
 struct SharedState {
     RingBarriers ring;
     uint64_t batch_full[kBatchBuffers], batch_empty[kBatchBuffers];
     Batch batch[kBatchBuffers];
+    float row_sum[kBatchRows * kMathWarps];  // of the batch in the epilogue warp's hands
+    int position;         // of the launch's first step
+    uint32_t steps_done;  // before this launch
     int64_t profile[32];
 };
 
@@ -49,9 +52,10 @@ struct Step {
     uint32_t number;     // 1, 2, ...: of all steps ever made
 };
 
-__device__ __forceinline__ Step make_step(const Params& p, int position, uint32_t steps_done, int index) {
-    const uint32_t number = steps_done + index + 1;
-    return {position + index, (number - 1) * p.num_layers + 1, number};
+__device__ __forceinline__ Step make_step(const Params& p, const SharedState& shared, int index) {
+    // From shared memory each time: not worth registers that stay taken.
+    const uint32_t number = *static_cast<const volatile uint32_t*>(&shared.steps_done) + index + 1;
+    return {*static_cast<const volatile int*>(&shared.position) + index, (number - 1) * p.num_layers + 1, number};
 }
 
 // ---- Cycle counts of one block, in builds that ask for them.

@@ -20,8 +20,10 @@ from llama3.rope import RopeTable
 from llama3.weights import ModelWeights
 
 OPS = ("qkv", "o", "gate_up", "down", "head")  # the order of decode_step::Op
-MAX_IN_FLIGHT = 64 * 1024  # bytes a multiprocessor requests ahead of their arrival
-MIN_CHUNK_ROOM = 64 * 1024  # bytes of ring without which memory would idle at every exchange between blocks
+# Chunks of about 32 KB that a multiprocessor requests ahead of their arrival: in the middle of a long projection, and
+# from EXCHANGE_CHUNKS before its end until the next one's input is there.
+MAX_STREAMING, MAX_EXCHANGING, EXCHANGE_CHUNKS = 4, 2, 3
+MIN_CHUNK_ROOM = 96 * 1024  # bytes of ring without which memory would idle at every exchange between blocks
 
 
 @functools.cache
@@ -156,7 +158,9 @@ class DecodeStep:
             "vocab_size": config.vocab_size,
             "rms_norm_eps": config.rms_norm_eps,
             "softmax_scale_log2": math.log2(math.e) / math.sqrt(config.head_dim),
-            "max_in_flight": MAX_IN_FLIGHT,
+            "max_streaming": MAX_STREAMING,
+            "max_exchanging": MAX_EXCHANGING,
+            "exchange_chunks": EXCHANGE_CHUNKS,
             "max_splits": max_splits,
             "single_split_tiles": 4,
             "num_stop_ids": state.max_stop_ids,
