@@ -28,46 +28,26 @@ struct Piece {
 // Where things lie in shared memory.
 struct Shared {
     uint32_t ring, full, empty;  // addresses: tiles, and the barriers of each stage
-    float* ring_floats;          // the ring again, for the partials of other blocks when no tile is to come any more
-    float* states;               // of the warps, and one more
+    float* states;               // of the warps
+    SoftmaxState* stats;
 };
 
 // Merges the warps' states in shared memory; writes the output, or publishes the state for the block that finishes the
-// unit. A unit's other blocks are taken in rounds of as many partials as the ring holds; between rounds the total is
-// kept as a state of its own, in turn behind and in front of the warps'.
+// unit.
 template <typename T, int kHeadDim>
-__device__ void finish_piece(const Params& p, const Shared& shared, const Piece& piece, int range) {
-    const int state_floats = p.group * state_stride(kHeadDim), others = piece.finishes ? piece.last_range - range : 0;
-    const int round = p.stages * 2 * tile_bytes(kHeadDim) / (state_floats * 4);
-    int base = 0, local = kConsumerWarps;
+__device__ void finish_piece(const Params& p, const Shared& shared, const Piece& piece, int range, int lane) {
 #pragma unroll 1
-    for (int done = 0; done <= others;) {
-        const int count = min(others - done, round);
-        if (count > 0) {
-            take_published(shared.ring_floats, p.partials + int64_t(range + 1 + done) * state_floats,
-                           count * state_floats);
-            common::named_sync(kMergeBarrier, kConsumerThreads);
+    for (int pair = threadIdx.x; pair < p.group * (kHeadDim / 2); pair += kConsumerThreads) {
+        const int head = pair / (kHeadDim / 2), column = pair % (kHeadDim / 2) * 2;
+        ColumnPair total = merge_warps<kHeadDim>(shared.states, shared.stats, p.group, head, column);
+        if (!piece.finishes) {
+            publish<kHeadDim>(total, p.partials, range, p.group, head, column, lane);
+            continue;
         }
-        done += count;
-#pragma unroll 1
-        for (int pair = threadIdx.x; pair < p.group * (kHeadDim / 2); pair += kConsumerThreads) {
-            const int head = pair / (kHeadDim / 2), column = pair % (kHeadDim / 2) * 2,
-                      row = head * state_stride(kHeadDim);
-            ColumnPair total;
-            add_states<kHeadDim>(total, shared.states + base * state_floats + row, local, state_floats, column);
-            if (count > 0) add_states<kHeadDim>(total, shared.ring_floats + row, count, state_floats, column);
-            if (!piece.finishes) {
-                publish<kHeadDim>(total, p.partials + int64_t(range) * state_floats + row, column);
-            } else if (done == others) {
-                write_output<T>(total, p, piece.row, piece.head * p.group + head, column);
-            } else {
-                keep<kHeadDim>(total, shared.states + (kConsumerWarps - base) * state_floats + row, column);
-            }
+        if (piece.last_range > range) {
+            collect<kHeadDim>(total, p.partials, range + 1, piece.last_range, p.group, head, column, lane);
         }
-        if (done == others) break;
-        base = kConsumerWarps - base;
-        local = 1;
-        common::named_sync(kMergeBarrier, kConsumerThreads);
+        write_output<T>(total, p, piece.row, piece.head * p.group + head, column);
     }
 }
 
@@ -101,9 +81,9 @@ __device__ void attend_piece(const Params& p, const Rows& rows, const Shared& sh
     }
 
     common::named_sync(kMergeBarrier, kConsumerThreads);  // the previous piece has been read
-    stage_warp_state<kHeadDim>(state, shared.states + warp * p.group * state_stride(kHeadDim), p.group, lane);
+    stage_warp_state<kHeadDim>(state, shared.states, shared.stats, p.group, warp, lane);
     common::named_sync(kMergeBarrier, kConsumerThreads);
-    finish_piece<T, kHeadDim>(p, shared, piece, range);
+    finish_piece<T, kHeadDim>(p, shared, piece, range, lane);
 }
 
 template <typename T, int kHeadDim, Loader kLoader, bool kFused>
@@ -119,14 +99,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         const SharedLayout layout = SharedLayout::of(kHeadDim, p.group, p.batch, p.stages);
         const uint32_t base = common::shared_address(memory), full = base + SharedLayout::kBarriers;
         const Shared shared{base + SharedLayout::kRing, full, full + kMaxStages * 8,
-                            reinterpret_cast<float*>(memory + SharedLayout::kRing),
-                            reinterpret_cast<float*>(memory + layout.states)};
+                            reinterpret_cast<float*>(memory + layout.states),
+                            reinterpret_cast<SoftmaxState*>(memory + SharedLayout::kStats)};
         Rows rows(reinterpret_cast<int*>(memory + layout.rows), p);
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         const int range = gridDim.x - 1 - blockIdx.x;
 
-        const float inverse_blocks = Quotient::inverse(gridDim.x);
-
+        // The loading warp reads the lengths; meanwhile the others initialise the barriers, each an instruction of some
+        // fifty cycles.
         if (warp == kConsumerWarps) {
             common::allow_next_kernel();
             if (kLoader == Loader::kTma && lane == 0) {
@@ -134,15 +114,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                 common::tma_prefetch_map(&maps.v);
             }
             if (!kFused) common::wait_for_previous_kernel();
-            const Split split = Split::of(rows.fill(p, lane), gridDim.x, inverse_blocks, p.min_tiles);
-            __syncthreads();
-            load_tiles<T, kHeadDim, kLoader>(p, maps, rows, split.begin(range), split.begin(range + 1), shared.ring,
-                                             shared.full, shared.empty, lane);
-            return;
-        }
-
-        if (lane ==
-            0) {  // each an instruction of some fifty cycles: shared out while the loading warp reads the lengths
+            rows.fill(p, lane);
+        } else if (lane == 0) {
 #pragma unroll 1
             for (int stage = warp; stage < p.stages; stage += kConsumerWarps) {
                 common::mbarrier_init(shared.full + stage * 8, kLoader == Loader::kTma ? 1 : 32);
@@ -150,10 +123,16 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
             common::fence_barrier_init();
         }
+        const float inverse_blocks = Quotient::inverse(gridDim.x);
         __syncthreads();
-        common::wait_for_previous_kernel();
         const Split split = Split::of(rows.total(), gridDim.x, inverse_blocks, p.min_tiles);
         const int begin = split.begin(range), end = split.begin(range + 1);
+        if (warp == kConsumerWarps) {
+            load_tiles<T, kHeadDim, kLoader>(p, maps, rows, begin, end, shared.ring, shared.full, shared.empty, lane);
+            return;
+        }
+
+        common::wait_for_previous_kernel();
         RingCursor cursor{warp / kWarpsPerTile};
         int next = warp / kWarpsPerTile;  // of this warp's group, counted from `begin`
 

@@ -125,13 +125,12 @@ __global__ void __launch_bounds__(kConsumerThreads) tensor_core_kernel(const __g
         __syncthreads();
     }
     float* states = reinterpret_cast<float*>(memory + kTileGroups * 2 * kTileBytes);
-    const int state_floats = p.group * state_stride(kHeadDim);
-    stage_warp_state<kHeadDim>(state, states + warp * state_floats, p.group, lane);
+    __shared__ SoftmaxState stats[kConsumerWarps * kMaxGroup];
+    stage_warp_state<kHeadDim>(state, states, stats, p.group, warp, lane);
     __syncthreads();
     for (int pair = threadIdx.x; pair < p.group * (kHeadDim / 2); pair += kConsumerThreads) {
         const int head = pair / (kHeadDim / 2), column = pair % (kHeadDim / 2) * 2;
-        ColumnPair total;
-        add_states<kHeadDim>(total, states + head * state_stride(kHeadDim), kConsumerWarps, state_floats, column);
+        const ColumnPair total = merge_warps<kHeadDim>(states, stats, p.group, head, column);
         const int out_head = kv_head * p.group + head, index = part.index + out_head * gridDim.z;
         deliver<T>(p, total.state, total.o.x, row, out_head, column, kHeadDim, index);
         deliver<T>(p, total.state, total.o.y, row, out_head, column + 1, kHeadDim, index);

@@ -1,9 +1,9 @@
 // From the warps' states to the output: first over the warps of the block in shared memory, then, where a unit was cut,
 // over the blocks through global memory.
 //
-// Between blocks every 32-bit word of a partial is its own flag. At rest a word is kEmptyWord, a NaN that no arithmetic
-// produces; a block publishes by plain relaxed stores, the block that finishes the unit reads a word until it is no
-// longer empty, and puts kEmptyWord back. No fence, no counter, one trip through L2, and the workspace is clean for the
+// Between blocks every pair of floats is its own flag. At rest its first word is kEmptyWord, a NaN that no arithmetic
+// produces. A block publishes by plain relaxed 64-bit stores, the block that finishes the unit reads a pair until it is
+// no longer empty, and empties it again. No fence, no counter, one trip through L2, and the workspace is clean for the
 // next launch. The reader waits only for blocks of lower blockIdx (see kernel.cuh), which the hardware started before
 // it and which themselves wait for nobody, so the wait ends. Partials are added in the order of their ranges: a repeat
 // is bitwise equal.
@@ -15,116 +15,135 @@ namespace decode_attn {
 
 constexpr int kMergeBarrier = 1;
 
-__device__ __forceinline__ float4 load_relaxed(const float* address) {
-    float4 x;
-    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "l"(address)
-                 : "memory");
-    return x;
-}
-
-__device__ __forceinline__ void store_relaxed(float* address, float4 x) {
-    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x.x), "f"(x.y), "f"(x.z),
-                 "f"(x.w)
-                 : "memory");
+// Scalar 64-bit accesses: both floats of a pair arrive together.
+__device__ __forceinline__ float2 load_relaxed(const float* address) {
+    uint64_t x;
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(x) : "l"(address) : "memory");
+    return {__uint_as_float(static_cast<uint32_t>(x)), __uint_as_float(static_cast<uint32_t>(x >> 32))};
 }
 
 __device__ __forceinline__ void store_relaxed(float* address, float2 x) {
-    asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(x.x), "f"(x.y) : "memory");
+    const uint64_t bits = __float_as_uint(x.x) | static_cast<uint64_t>(__float_as_uint(x.y)) << 32;
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(address), "l"(bits) : "memory");
 }
 
-__device__ __forceinline__ bool is_empty(float x) {
-    return __float_as_uint(x) == kEmptyWord;
+__device__ __forceinline__ float2 empty_pair() {
+    return {__uint_as_float(kEmptyWord), __uint_as_float(kEmptyWord)};
 }
-__device__ __forceinline__ bool is_empty(float4 x) {
-    return is_empty(x.x) || is_empty(x.y) || is_empty(x.z) || is_empty(x.w);
+__device__ __forceinline__ bool is_empty(float2 x) {
+    return __float_as_uint(x.x) == kEmptyWord;
 }
 
-// Two neighbouring columns of one head: what a thread merges at a time.
+// Two neighbouring columns of one head: what a thread merges at a time. The 32 threads of a warp hold one head.
 struct ColumnPair {
     SoftmaxState state = SoftmaxState::empty();
     float2 o = {0.0f, 0.0f};
 };
 
-// Writes this warp's state to `target` (see state_stride) in shared memory.
+// Places this warp's state in shared memory: O [warp][head][state_stride] and (max, sum) [warp][head].
 template <int kHeadDim>
-__device__ void stage_warp_state(WarpState<kHeadDim>& state, float* target, int group, int lane) {
+__device__ void stage_warp_state(WarpState<kHeadDim>& state, float* states, SoftmaxState* stats, int group, int warp,
+                                 int lane) {
     state.reduce();
     const int r = lane / 4, c = 2 * (lane & 3);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         if (c + h >= group) break;
-        float* row = target + (c + h) * state_stride(kHeadDim);
-        if (r == 0) *reinterpret_cast<float4*>(row + kHeadDim) = {state.head[h].max, state.head[h].sum, 0.0f, 0.0f};
+        if (r == 0) stats[warp * kMaxGroup + c + h] = state.head[h];
+        float* o = states + (warp * group + c + h) * state_stride(kHeadDim) + r;
 #pragma unroll
         for (int i = 0; i < kHeadDim / 16; ++i) {
-            row[16 * i + r] = state.o[i][h];
-            row[16 * i + 8 + r] = state.o[i][h + 2];
+            o[16 * i] = state.o[i][h];
+            o[16 * i + 8] = state.o[i][h + 2];
         }
     }
 }
 
-// Adds `count` states in shared memory, in order. `first` points at the head's row of the first, `distance` floats
-// apart.
 template <int kHeadDim>
-__device__ __forceinline__ void add_states(ColumnPair& total, const float* first, int count, int distance, int column) {
-    float top = total.state.max;
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) top = fmaxf(top, first[i * distance + kHeadDim]);
-    const float own = total.state.factor(top);
-    total = {{top, total.state.sum * own}, {total.o.x * own, total.o.y * own}};
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-        const float* row = first + i * distance;
-        const float2 part = *reinterpret_cast<const float2*>(row + kHeadDim),
-                     o = *reinterpret_cast<const float2*>(row + column);
-        const float factor = SoftmaxState{part.x, part.y}.factor(top);
-        total.state.sum += factor * part.y;
-        total.o.x += factor * o.x;
-        total.o.y += factor * o.y;
-    }
-}
-
-// A merged state, pair by pair, to shared memory, or to global memory for another block.
-template <int kHeadDim>
-__device__ __forceinline__ void keep(const ColumnPair& part, float* row, int column) {
-    *reinterpret_cast<float2*>(row + column) = part.o;
-    if (column == 0) *reinterpret_cast<float4*>(row + kHeadDim) = {part.state.max, part.state.sum, 0.0f, 0.0f};
-}
-
-template <int kHeadDim>
-__device__ __forceinline__ void publish(const ColumnPair& part, float* row, int column) {
-    store_relaxed(row + column, part.o);
-    if (column == 0) store_relaxed(row + kHeadDim, float4{part.state.max, part.state.sum, 0.0f, 0.0f});
-}
-
-// Copies `words` published floats (a multiple of 4) to shared memory and empties them. A word that has not come yet is
-// asked for again, so the wait costs one trip through L2 after the last arrival. All kConsumerThreads threads take
-// part.
-__device__ __forceinline__ void take_published(float* target, float* source, int words) {
-    constexpr int kInFlight = 8, kStep = 4 * kConsumerThreads;
-    const float empty = __uint_as_float(kEmptyWord);
-#pragma unroll 1
-    for (int start = 4 * threadIdx.x; start < words; start += kInFlight * kStep) {
-        float4 x[kInFlight];
+__device__ __forceinline__ ColumnPair merge_warps(const float* states, const SoftmaxState* stats, int group, int head,
+                                                  int column) {
+    ColumnPair total;
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) x[i] = {start + i * kStep < words ? empty : 0.0f, 0.0f, 0.0f, 0.0f};
+    for (int warp = 0; warp < kConsumerWarps; ++warp) {
+        total.state.max = fmaxf(total.state.max, stats[warp * kMaxGroup + head].max);
+    }
+#pragma unroll
+    for (int warp = 0; warp < kConsumerWarps; ++warp) {
+        const SoftmaxState part = stats[warp * kMaxGroup + head];
+        const float factor = part.factor(total.state.max);
+        const float* o = states + (warp * group + head) * state_stride(kHeadDim) + column;
+        total.state.sum += factor * part.sum;
+        total.o.x += factor * o[0];
+        total.o.y += factor * o[1];
+    }
+    return total;
+}
+
+// A block's partial in global memory, as the threads of one column pair and head see it.
+template <int kHeadDim>
+struct Partial {
+    float *o, *stats;
+    __device__ Partial(float* partials, int range, int group, int head, int column) {
+        float* base = partials + int64_t(range) * kPartialFloats;
+        o = base + head * kHeadDim + column;
+        stats = base + group * kHeadDim + 2 * (head * (kHeadDim / 64) + column / 64);
+    }
+};
+
+template <int kHeadDim>
+__device__ void publish(const ColumnPair& part, float* partials, int range, int group, int head, int column, int lane) {
+    const Partial<kHeadDim> slot(partials, range, group, head, column);
+    store_relaxed(slot.o, part.o);
+    if (lane == 0) store_relaxed(slot.stats, {part.state.max, part.state.sum});
+}
+
+// Adds the partials of ranges [first, last] to `total`, which is not empty. A pair that has not come yet is asked for
+// again, alone, so the wait costs one trip through L2 after the last arrival. Runs once a block, from a cold
+// instruction cache: what counts is few instructions.
+template <int kHeadDim>
+__device__ void collect(ColumnPair& total, float* partials, int first, int last, int group, int head, int column,
+                        int lane) {
+    constexpr int kBatch = 8;  // partials in flight
+#pragma unroll 1
+    for (; first <= last; first += kBatch) {
+        const Partial<kHeadDim> slot(partials, first, group, head, column);
+        const int count = min(kBatch, last - first + 1);
+        float2 o[kBatch], stats[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            o[i] = i < count ? empty_pair() : float2{0.0f, 0.0f};
+            stats[i] = i < count ? empty_pair() : float2{-INFINITY, 0.0f};
+        }
         bool missing;
-        do {
+        do {  // the first round asks for everything, the last one finds nothing missing
             missing = false;
 #pragma unroll
-            for (int i = 0; i < kInFlight; ++i) {
-                if (is_empty(x[i])) x[i] = load_relaxed(source + start + i * kStep);
+            for (int i = 0; i < kBatch; ++i) {
+                if (is_empty(o[i]) || is_empty(stats[i])) {
+                    stats[i] = load_relaxed(slot.stats + i * kPartialFloats);
+                    o[i] = load_relaxed(slot.o + i * kPartialFloats);
+                    missing = true;
+                }
             }
+        } while (__any_sync(~0u, missing));
+
+        float top = total.state.max;
 #pragma unroll
-            for (int i = 0; i < kInFlight; ++i) missing |= is_empty(x[i]);
-        } while (missing);
+        for (int i = 0; i < kBatch; ++i) top = fmaxf(top, stats[i].x);
+        const float own = total.state.rescale(top);
+        total.o.x *= own;
+        total.o.y *= own;
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-            if (start + i * kStep >= words) break;
-            *reinterpret_cast<float4*>(target + start + i * kStep) = x[i];
-            store_relaxed(source + start + i * kStep, float4{empty, empty, empty, empty});
+        for (int i = 0; i < kBatch; ++i) {
+            const float factor = exp2_fast(stats[i].x - top);
+            total.state.sum += factor * stats[i].y;
+            total.o.x += factor * o[i].x;
+            total.o.y += factor * o[i].y;
+        }
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+            store_relaxed(slot.o + i * kPartialFloats, empty_pair());
+            if (lane == 0) store_relaxed(slot.stats + i * kPartialFloats, empty_pair());
         }
     }
 }

@@ -19,18 +19,19 @@ constexpr int kThreads = kConsumerThreads + 32;  // and one warp that only loads
 constexpr int kMaxStages = 12;
 constexpr int max_stages(int head_dim) {
     return head_dim == 128 ? 4 : 6;
-}                                             // measured: 96 to 128 KB in flight
+}  // measured: 96 to 128 KB in flight
 constexpr uint32_t kEmptyWord = 0xFFFFBEEFu;  // a word of a partial that nobody has published yet (merge.cuh)
 constexpr int kStagedRowBytes =
     128;  // a tile lies in shared memory as panels of 64 columns: 64 rows of 128 bytes, swizzled
 
-// A softmax state with its values, of one unit: for each head of the group O [head_dim], max, sum, 0, 0. So it lies in
-// shared memory (the four words beyond head_dim also keep the banks apart) and, as the partial of a cut unit, in global
-// memory.
+// Floats that one block publishes for a unit that another block finishes: O [group][head_dim], then (max, sum) for
+// every warp that will read it: one for each 64 columns of each head.
+constexpr int kPartialFloats = kMaxGroup * (128 + 2 * 128 / 64);
+
+// Floats between the heads of a warp's state in shared memory; 4 more than there are columns, to keep the banks apart.
 __host__ __device__ constexpr int state_stride(int head_dim) {
     return head_dim + 4;
 }
-constexpr int kPartialFloats = kMaxGroup * state_stride(128);  // room for one partial of any kind
 
 __host__ __device__ constexpr int tile_bytes(int head_dim) {
     return kBlockSize * head_dim * 2;
@@ -53,7 +54,7 @@ struct Params {
     const void* q;     // [batch, num_heads, head_dim]; fused: qkv [batch, (num_heads + 2 num_kv_heads) * head_dim]
     void* out;         // [batch, num_heads, head_dim]
     float* lse;        // [batch, num_heads] contiguous, natural logarithm; or null
-    float* partials;   // [grid, group, head_dim + 4], every word kEmptyWord between launches
+    float* partials;   // [grid, kPartialFloats], every word kEmptyWord between launches
     int64_t stride_q_row, stride_q_head, stride_out_row, stride_out_head;
     const float* cos;  // fused only: [positions, head_dim / 2]
     const float* sin;
@@ -67,20 +68,21 @@ struct TensorMaps {
     CUtensorMap k, v;
 };
 
-// Dynamic shared memory: the barriers in the first kilobyte, then what depends on the launch.
+// Dynamic shared memory: barriers and softmax statistics in the first kilobyte, then what depends on the launch.
 struct SharedLayout {
     static constexpr int kBarriers = 0;  // full [kMaxStages], empty [kMaxStages]
-    static constexpr int kRing = 1024;   // a multiple of the swizzle's period
-    int states, rows, bytes;             // offsets and the total
+    static constexpr int kStats = 2 * kMaxStages * 8;
+    static constexpr int kRing = 1024;  // a multiple of the swizzle's period
+    int states, rows, bytes;            // offsets and the total
 
     __host__ __device__ static SharedLayout of(int head_dim, int group, int batch, int stages) {
         SharedLayout layout{};
         layout.states = kRing + stages * 2 * tile_bytes(head_dim);
-        layout.rows = layout.states + (kConsumerWarps + 1) * group * state_stride(head_dim) * 4;
+        layout.rows = layout.states + kConsumerWarps * group * state_stride(head_dim) * 4;
         layout.bytes = layout.rows + 4 * (3 * batch + 1);
         return layout;
     }
 };
-static_assert(SharedLayout::kBarriers + 2 * kMaxStages * 8 <= SharedLayout::kRing);
+static_assert(SharedLayout::kStats + kConsumerWarps * kMaxGroup * 8 <= SharedLayout::kRing);
 
 }  // namespace decode_attn

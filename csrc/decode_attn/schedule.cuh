@@ -28,9 +28,8 @@ struct Rows {
     __device__ int tiles(int row) const { return ceil_div(tokens[row], kBlockSize); }
     __device__ int total() const { return tiles_before[batch]; }
 
-    // One warp reads the lengths and sums them up; returns the number of tiles. Rows of negative length count as empty
-    // here.
-    __device__ int fill(const Params& p, int lane) {
+    // One warp reads the lengths and sums them up. Rows of negative length count as empty here.
+    __device__ void fill(const Params& p, int lane) {
         const int per_lane = (batch + 31) / 32, first = lane * per_lane, last = min(first + per_lane, batch);
         int sum = 0;
 #pragma unroll 1
@@ -65,7 +64,6 @@ struct Rows {
         for (int row = first; row < last && before > 0; ++row) tiles_before[row] += before;
         if (lane == 0) tiles_before[batch] = total;
         __syncwarp();
-        return total;
     }
 
     struct Tile {
@@ -75,6 +73,7 @@ struct Rows {
     // The row of a tile, the same for the whole warp: how many rows begin at or before it. Empty rows do not count: the
     // last row that begins at the tile is the one that has it.
     __device__ int row_of(int tile, int lane) const {
+        if (batch == 1) return 0;
         int rows_before = 0;
 #pragma unroll 1
         for (int first = 0; first < batch; first += 32) {

@@ -34,7 +34,7 @@ struct Split {
 
     // Long ranges use every block and differ by one tile at most. Short ones are all equal, even if some blocks get
     // none: contexts that are a power of two are then cut evenly, and no block has to finish two pieces of one tile.
-    static constexpr int kShort = 16;
+    static constexpr int kShort = 32;
 
     __host__ __device__ static Split of(int tiles, int blocks, float inverse_blocks, int min_tiles) {
         const Quotient share = Quotient::of(tiles, blocks, inverse_blocks);
