@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,16 @@ def test_ncu_table():
     assert row.seconds == pytest.approx(251e-6)
     assert row.dram_bytes == pytest.approx(1.0745e9)
     assert "| decode_attn<bf16, 128> | 2 | 251.00 | 1074.5 | 4.281 | 91.5 |" in ncu_table.table([row])
+
+
+def test_ncu_rows_are_stored_by_label(tmp_path: Path):
+    (row,) = ncu_table.parse(NCU.splitlines())
+    target = tmp_path / "ncu.json"
+    for label in ("a", "b", "a"):
+        ncu_table.store(row, target, label)
+    rows = json.loads(target.read_text())["rows"]
+    assert [r["label"] for r in rows] == ["b", "a"]
+    assert rows[0] == {"label": "b", "launches": 2, "us": 251.0, "dram_MB": 1074.5, "percent_of_dram_peak": 91.5}
 
 
 def test_ncu_table_without_csv():

@@ -61,6 +61,13 @@ def prompts(ours: LLM) -> list[list[int]]:
     return [tokenizer.encode(piece) for piece in pieces]
 
 
+@pytest.fixture(scope="module")
+def exact_tokens(prompts: list[list[int]]) -> list[list[int]]:
+    """What fp32 on the CPU writes."""
+    with LLM(DEMO_MODEL, device="cpu", dtype="float32", use_tqdm=False) as llm:
+        return tokens(llm, prompts, GREEDY)
+
+
 def last_logits(model: Transformer, token_ids: list[int]) -> torch.Tensor:
     device = model.weights.embed.device
     cache = KVCache(model.config, 1, len(token_ids), model.weights.embed.dtype, device)
@@ -80,7 +87,12 @@ def test_the_run_says_that_the_kernels_run(ours: LLM, reference: LLM) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 8, 33, NUM_PROMPTS])
 def test_greedy_tokens_equal_the_reference_ops_but_for_ties(
-    ours: LLM, reference: LLM, truth: Transformer, prompts: list[list[int]], batch_size: int
+    ours: LLM,
+    reference: LLM,
+    truth: Transformer,
+    exact_tokens: list[list[int]],
+    prompts: list[list[int]],
+    batch_size: int,
 ) -> None:
     """Where a token differs, fp32 must show that the two candidates are closer than bf16 rounding can tell."""
     expected = tokens(reference, prompts, GREEDY)
@@ -104,7 +116,10 @@ def test_greedy_tokens_equal_the_reference_ops_but_for_ties(
         assert gap <= 4 * bf16_error + 2 * floor, (
             f"tokens {our[same]} and {theirs[same]} differ by {gap} after {prefix}"
         )
-    assert ties <= NUM_PROMPTS // 5
+    # Flips are rare: as rare as those by which bf16 PyTorch itself departs from fp32, within three standard deviations.
+    departures = sum(row != exact_row for row, exact_row in zip(expected, exact_tokens, strict=True))
+    ours_departures = sum(row != exact_row for row, exact_row in zip(got, exact_tokens, strict=True))
+    assert ours_departures <= departures + 3 * departures**0.5 + 3, (ties, departures, ours_departures)
 
 
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)

@@ -2,11 +2,15 @@
 
 ncu --csv --metrics gpu__time_duration.sum,dram__bytes_read.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed … \\
     python benchmark_kernel.py --use_ncu … | python tools/ncu_table.py
+
+With `--json FILE --label NAME` the first kernel's row is also stored in FILE under NAME, which docs are made from.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import json
 import re
 import statistics
 import sys
@@ -17,6 +21,7 @@ from pathlib import Path
 
 DURATION, BYTES = "gpu__time_duration.sum", "dram__bytes_read.sum"
 THROUGHPUT = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
+TOOL = "ncu --clock-control none --cache-control all, medians over the launches"
 SCALE = {
     "ns": 1e-9, "nsecond": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3, "s": 1.0, "second": 1.0,
     "byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "%": 1.0,
@@ -80,13 +85,36 @@ def table(rows: list[KernelRow]) -> str:
     return "\n".join(lines)
 
 
+def store(row: KernelRow, path: Path, label: str) -> None:
+    """Put a kernel's medians into the JSON at `path`, in place of what it held under `label`."""
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    entry = {
+        "label": label,
+        "launches": row.launches,
+        "us": round(row.seconds * 1e6, 2),
+        "dram_MB": round(row.dram_bytes / 1e6, 1),
+        "percent_of_dram_peak": round(row.dram_percent, 1),
+    }
+    kept = [other for other in rows if other["label"] != label]
+    path.write_text(json.dumps({"tool": TOOL, "rows": [*kept, entry]}, indent=1) + "\n")
+
+
 def main() -> int:
-    lines = Path(sys.argv[1]).read_text().splitlines() if len(sys.argv) > 1 else sys.stdin
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv", nargs="?", type=Path, help="ncu's CSV (default: standard input)")
+    parser.add_argument("--json", type=Path, help="result file to store the first kernel's row in")
+    parser.add_argument("--label", help="its name there: the benchmark suite's name of the shape")
+    args = parser.parse_args()
+    if (args.json is None) != (args.label is None):
+        parser.error("--json and --label go together")
     try:
-        print(table(parse(lines)))
+        rows = parse(args.csv.read_text().splitlines() if args.csv else sys.stdin)
     except ValueError as error:
         print(f"ncu_table.py: {error}", file=sys.stderr)
         return 2
+    print(table(rows))
+    if args.json is not None:
+        store(rows[0], args.json, args.label)
     return 0
 
 
