@@ -49,7 +49,7 @@ bench:
 
 docs: $(VENV)/dev.stamp
 	$(BIN)/python tools/render_results.py
-	if [ -f tools/render_docs.py ]; then $(BIN)/python tools/render_docs.py; fi
+	$(BIN)/python tools/render_docs.py
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -50,7 +50,7 @@ def test_test_llama3_prints_what_is_loaded_what_was_written_and_how_long_it_took
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model_name", "./no-such-folder"), "./no-such-folder\": no such folder"),
+        (("--model_name", "./no-such-folder"), './no-such-folder": no such folder'),
         (("--max_model_len", "4"), "leaves no room to generate: the limit for prompt and answer together is 4"),
         (("--temperature", "-1"), "temperature is -1.0; it must be a number >= 0"),
         (("--device", "cuda"), "device 'cuda' is not available"),

@@ -1,4 +1,4 @@
-"""The decode-attention page shows what the result files say."""
+"""The pages on decode attention show what the result files say."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from tools import render_docs
 
 
-def test_the_page_is_up_to_date():
-    text = render_docs.DOCUMENT.read_text()
-    assert render_docs.render(text) == text
+def test_the_pages_are_up_to_date():
+    texts = [path.read_text() for path in render_docs.DOCUMENTS]
+    assert [render_docs.render(text) for text in texts] == texts
     assert render_docs.FIGURE.is_file()
-    assert {name for _, name, _ in render_docs.SECTION.findall(text)} == set(render_docs.SECTIONS)
+    assert {name for text in texts for _, name, _ in render_docs.SECTION.findall(text)} == set(render_docs.SECTIONS)
 
 
 def test_a_changed_result_changes_the_page(tmp_path, monkeypatch):
@@ -23,7 +23,7 @@ def test_a_changed_result_changes_the_page(tmp_path, monkeypatch):
     document["rows"][0]["us"]["ours"] = 123.456
     (tmp_path / "suite.json").write_text(json.dumps(document))
     monkeypatch.setattr(render_docs, "RESULTS", tmp_path)
-    assert "**123.46**" in render_docs.render(render_docs.DOCUMENT.read_text())
+    assert "**123.46**" in render_docs.render(render_docs.DOCUMENTS[0].read_text())
 
 
 def test_an_unknown_section_is_an_error():

@@ -84,7 +84,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
     """Ids that end a text or a turn, as Llama 3's instruct checkpoints list them."""
-    return [tokenizer.token_to_id(token) for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+    ids = [tokenizer.token_to_id(token) for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+    return [token_id for token_id in ids if token_id is not None]
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:

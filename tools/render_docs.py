@@ -1,4 +1,4 @@
-"""Rewrite the tables in docs/decode-attention.md and its figure from results/decode_attn/*.json.
+"""Rewrite what the docs and the README show of decode attention, tables and figure, from results/decode_attn/*.json.
 
     python tools/render_docs.py            rewrite
     python tools/render_docs.py --check    exit with 1 and name the file if a table is out of date
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs/decode-attention.md"
+DOCUMENTS = (ROOT / "docs/decode-attention.md", ROOT / "README.md")
 FIGURE = ROOT / "docs/images/decode-attention-bandwidth.png"
 RESULTS = ROOT / "results/decode_attn"
 SECTION = re.compile(r"(<!-- decode_attn:begin (\w+) -->\n).*?(<!-- decode_attn:end -->)", re.DOTALL)
@@ -126,13 +126,13 @@ def render(text: str) -> str:
 
 
 def main() -> int:
-    text = DOCUMENT.read_text()
-    new = render(text)
+    stale = {path: new for path in DOCUMENTS if (new := render(text := path.read_text())) != text}
     if "--check" in sys.argv[1:]:
-        if new != text:
-            print(f"{DOCUMENT.relative_to(ROOT)} is out of date: run python tools/render_docs.py", file=sys.stderr)
-        return int(new != text)
-    DOCUMENT.write_text(new)
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is out of date: run python tools/render_docs.py", file=sys.stderr)
+        return int(bool(stale))
+    for path, new in stale.items():
+        path.write_text(new)
     sys.path.insert(0, str(ROOT))
     from tools.plot_bandwidth import plot
 
