@@ -1,15 +1,15 @@
 // The math warps' part of rope, append and attention over the cached context, one kv head and its query heads a block.
 //
 // Each warp takes 8 tokens of every 64-token tile. A token's row lies in D / 8 lanes (16 bytes each), so one load
-// covers 4 tokens (D 64) or 2 (D 128). Scores of 8 tokens x GP heads are summed by halves until each lane holds those of
-// one token: bits 2-4 of the lane say which token, bits 0-1 which head.
+// covers 4 tokens (D 64) or 2 (D 128). Scores of 8 tokens x GP heads are summed by halves until each lane holds those
+// of one token: bits 2-4 of the lane say which token, bits 0-1 which head.
 #pragma once
 #include "decode_step/gemv.cuh"
 
 namespace decode_step {
 
-// Sums each of the first N values over the lanes that differ in the bits from kMask down to kLast, by halves: afterwards a
-// lane holds max(1, N / lanes) sums, those whose index has the lane's bits on top.
+// Sums each of the first N values over the lanes that differ in the bits from kMask down to kLast, by halves:
+// afterwards a lane holds max(1, N / lanes) sums, those whose index has the lane's bits on top.
 template <int kMask, int kLast, int N>
 __device__ __forceinline__ void transposed_sum(float* v, int lane) {
     if constexpr (N > 1) {
@@ -30,16 +30,13 @@ __device__ __forceinline__ void transposed_sum(float* v, int lane) {
 
 template <int D, int GP>
 struct Attention {
-    static constexpr int kLanes = D / 8;           // lanes a token
-    static constexpr int kPerLoad = 32 / kLanes;   // tokens a load
-    static constexpr int kLoads = 8 / kPerLoad;    // loads for the warp's 8 tokens
-    #ifndef DECODE_STEP_TILES
-#define DECODE_STEP_TILES 2
-#endif
-    static constexpr int kTiles = GP == 4 ? DECODE_STEP_TILES : 1;  // tiles at a time: more to do between the waits of softmax
+    static constexpr int kLanes = D / 8;            // lanes a token
+    static constexpr int kPerLoad = 32 / kLanes;    // tokens a load
+    static constexpr int kLoads = 8 / kPerLoad;     // loads for the warp's 8 tokens
+    static constexpr int kTiles = GP == 4 ? 2 : 1;  // tiles at a time: more to do between the waits of softmax
     static_assert(GP == 4 || GP == 8, "fewer heads are padded to 4");
-    static constexpr int kScores = GP / 4;  // scores a lane holds after summing
-    static constexpr float kNoScore = -1e30f;      // the maximum of nothing, finite so that differences are
+    static constexpr int kScores = GP / 4;     // scores a lane holds after summing
+    static constexpr float kNoScore = -1e30f;  // the maximum of nothing, finite so that differences are
 
     // With 8 heads, q and out together are too many registers: q then stays in shared memory.
     static constexpr bool kHoldsQ = GP <= 4;
@@ -75,8 +72,9 @@ struct Attention {
 
     __device__ static int head_lane(int g) { return g / kScores; }  // bits 0-1 of the lanes that hold head g
 
-    // kTiles times eight tokens, of which the first count[0] and count[1] in the order (load, member) exist.
-    __device__ __forceinline__ void update(const uint4 (&k)[kTiles][kLoads], uint4 (&v)[kTiles][kLoads], const int (&count)[kTiles]) {
+    // Twice eight tokens, of which the first count[0] and count[1] in the order (load, member) exist.
+    __device__ __forceinline__ void update(const uint4 (&k)[kTiles][kLoads], uint4 (&v)[kTiles][kLoads],
+                                           const int (&count)[kTiles]) {
         float scores[kTiles][kLoads * GP];
 #pragma unroll
         for (int g = 0; g < GP; ++g) {
@@ -118,7 +116,8 @@ struct Attention {
                 scores[t][i] = exp2f(scores[t][i] - maximum[i]);
                 sum[i] += scores[t][i];
             }
-            // Past the context's end the ring holds whatever was there, NaN perhaps, which a weight of 0 does not remove.
+            // Past the context's end the ring holds whatever was there, NaN perhaps, which a weight of 0 does not
+            // remove.
             if (count[t] < 8) {
 #pragma unroll
                 for (int i = 0; i < kLoads; ++i)
@@ -172,7 +171,8 @@ struct Attention {
         }
         if (lane < 4) {
 #pragma unroll
-            for (int i = 0; i < kScores; ++i) scratch.state[warp * GP + lane * kScores + i] = make_float2(maximum[i], sum[i]);
+            for (int i = 0; i < kScores; ++i)
+                scratch.state[warp * GP + lane * kScores + i] = make_float2(maximum[i], sum[i]);
         }
     }
 };
@@ -191,9 +191,6 @@ __device__ __forceinline__ void stage_head(const Params& p, const Step& step, ui
 #pragma unroll
         for (int i = 0; i < kWords; ++i) stale |= word[i] ^ use;
         if (__all_sync(0xffffffffu, (stale & 3u) == 0)) break;
-#ifdef DECODE_STEP_FREE
-        break;
-#endif
         watchdog.check();
 #pragma unroll
         for (int i = 0; i < kWords; ++i) word[i] = load_volatile(source + lane + i * 32);
@@ -268,9 +265,6 @@ __device__ __forceinline__ void merge(const Params& p, const AttentionWork& work
         const auto finish = [use](uint64_t pair, const uint64_t* p) {
             Watchdog watchdog;
             while (static_cast<uint32_t>(pair >> 32) != use) {
-#ifdef DECODE_STEP_FREE
-                break;
-#endif
                 watchdog.check();
                 pair = load_volatile(p);
             }
@@ -288,28 +282,31 @@ __device__ __forceinline__ void merge(const Params& p, const AttentionWork& work
             sum += __shfl_xor_sync(0xffffffffu, sum, mask);
             out += __shfl_xor_sync(0xffffffffu, out, mask);
         }
-        if (split == 0 && output[pass] >= 0) publish(p.attn + packet_index(work.head * outputs + output[pass]), out / sum, use);
+        if (split == 0 && output[pass] >= 0)
+            publish(p.attn + packet_index(work.head * outputs + output[pass]), out / sum, use);
     }
     PROFILE_END(shared, 18, merge_began);
 }
 
 template <int D, int GP>
-__device__ __forceinline__ void attention(const Params& p, const Step& step, int layer, int warp, int lane, RingReader& ring,
-                                          unsigned char* memory, SharedState& shared) {
+__device__ __forceinline__ void attention(const Params& p, const Step& step, int layer, int warp, int lane,
+                                          RingReader& ring, unsigned char* memory, SharedState& shared) {
     const AttentionWork work = attention_of_block(p, step.position, blockIdx.x);
     if (work.head < 0) return;
     // Pinned: addresses derived from the lane are not worth registers that stay taken between layers.
     lane = pinned(lane);
     const AttentionScratch scratch = attention_scratch<D, GP>(memory);
     const uint32_t use = step.first_use + layer;
-    const int group = p.num_heads / p.num_kv_heads;  // below GP: the last heads of the scratch are never written, nor used
-    const bool has_new = work.split == work.num_splits - 1;  // the new token is in the last tile
+    const int group =
+        p.num_heads / p.num_kv_heads;  // below GP: the last heads of the scratch are never written, nor used
+    const bool has_new = work.split == 0;
 
     PROFILE_BEGIN(q_began);
     const uint32_t* new_k = p.qkv + (p.num_heads + work.head) * D;
     for (int item = warp; item < group + (has_new ? 2 : 0); item += kMathWarps) {
         if (item < group)
-            stage_head<D>(p, step, use, p.qkv + (work.head * group + item) * D, scratch.q + item * D, nullptr, true, lane);
+            stage_head<D>(p, step, use, p.qkv + (work.head * group + item) * D, scratch.q + item * D, nullptr, true,
+                          lane);
         else
             stage_head<D>(p, step, use, item == group ? new_k : new_k + p.num_kv_heads * D, nullptr,
                           item == group ? scratch.k : scratch.v, item == group, lane);
@@ -323,35 +320,34 @@ __device__ __forceinline__ void attention(const Params& p, const Step& step, int
     constexpr int kLoads = Attention<D, GP>::kLoads, kPerLoad = Attention<D, GP>::kPerLoad;
     constexpr uint32_t kTileBytes = kTileTokens * D * 2;
     const uint32_t lane_offset = (warp * 8 + state.member) * (D * 2) + state.column * 16;
-    constexpr int kTiles = Attention<D, GP>::kTiles, kInChunk = tiles_per_chunk(D);
-    const int new_tile = step.position / kTileTokens, new_row = step.position % kTileTokens;
-    uint32_t chunk = 0;
+    constexpr int kTiles = Attention<D, GP>::kTiles;
+    // The new token is one more tile, of one token, before the others.
 #pragma unroll 1
-    for (int first = work.tile_begin; first < work.tile_end; first += kTiles) {
+    for (int first = work.tile_begin - (has_new ? 1 : 0); first < work.tile_end; first += kTiles) {
         uint4 k[kTiles][kLoads] = {}, v[kTiles][kLoads] = {};
         int count[kTiles];
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-            const int tile = first + t, in_chunk = (tile - work.tile_begin) % kInChunk;
-            count[t] = tile < work.tile_end ? step.position + 1 - tile * kTileTokens - warp * 8 : 0;
-            if (tile >= work.tile_end) continue;
-            if (in_chunk == 0) chunk = ring.acquire();
-            const uint32_t k_tile = chunk + 2 * in_chunk * kTileBytes, v_tile = k_tile + kTileBytes;
-            if (tile == new_tile && new_row / 8 == warp) {  // the new token joins the others in shared memory
-                if (lane < D / 8) {
-                    store_shared(k_tile + new_row * (D * 2) + lane * 16, reinterpret_cast<const uint4*>(scratch.k)[lane]);
-                    store_shared(v_tile + new_row * (D * 2) + lane * 16, reinterpret_cast<const uint4*>(scratch.v)[lane]);
-                    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // before the slot's next copy
-                }
-                __syncwarp();
+            const int tile = first + t;
+            if (tile < work.tile_begin) {
+                k[t][0] = reinterpret_cast<const uint4*>(scratch.k)[state.column];
+                v[t][0] = reinterpret_cast<const uint4*>(scratch.v)[state.column];
+                count[t] = warp == 0 ? 1 : 0;
+            } else if (tile < work.tile_end) {
+                uint32_t chunk = ring.acquire(kTileBytes) + lane_offset;
+#pragma unroll
+                for (int i = 0; i < kLoads; ++i) k[t][i] = load_shared(chunk + i * kPerLoad * (D * 2));
+                chunk = ring.acquire(kTileBytes) + lane_offset;
+#pragma unroll
+                for (int i = 0; i < kLoads; ++i) v[t][i] = load_shared(chunk + i * kPerLoad * (D * 2));
+                ring.release(lane);
+                ring.release(lane);
+                count[t] = step.position - tile * kTileTokens - warp * 8;
+            } else {
+                count[t] = 0;
             }
-#pragma unroll
-            for (int i = 0; i < kLoads; ++i) k[t][i] = load_shared(k_tile + lane_offset + i * kPerLoad * (D * 2));
-#pragma unroll
-            for (int i = 0; i < kLoads; ++i) v[t][i] = load_shared(v_tile + lane_offset + i * kPerLoad * (D * 2));
-            if (in_chunk == kInChunk - 1 || tile == work.tile_end - 1) ring.release(lane);
         }
-        if (count[0] > 0) state.update(k, v, count);
+        if (count[0] > 0 || count[kTiles - 1] > 0) state.update(k, v, count);
     }
     PROFILE_END(shared, 16, tiles_began);
 
@@ -366,8 +362,9 @@ __device__ __forceinline__ void attention(const Params& p, const Step& step, int
     if (has_new && warp == 0) {
         if (lane < D / 8) {
             const int64_t block = *p.slot * static_cast<int64_t>(p.blocks_per_slot) + step.position / kTileTokens;
-            const int64_t target = layer * p.stride_cache_layer +
-                                   ((block * p.num_kv_heads + work.head) * kTileTokens + step.position % kTileTokens) * D;
+            const int64_t target =
+                layer * p.stride_cache_layer +
+                ((block * p.num_kv_heads + work.head) * kTileTokens + step.position % kTileTokens) * D;
             reinterpret_cast<uint4*>(p.k_cache + target)[lane] = reinterpret_cast<const uint4*>(scratch.k)[lane];
             reinterpret_cast<uint4*>(p.v_cache + target)[lane] = reinterpret_cast<const uint4*>(scratch.v)[lane];
             __threadfence();

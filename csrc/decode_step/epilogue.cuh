@@ -12,9 +12,9 @@ __device__ __forceinline__ float residual(const Params& p, int op, int layer, co
     return await(p.x_attn + packet_index(row), step.first_use + layer - 1);
 }
 
-// Sums a batch's partial products over warps and segments into shared.row_sum. A group of warps has kBatchRows slots, which
-// are rows in the order (chunk, row of the group in the chunk). Four lanes take four slots each, eight such teams share the
-// segments.
+// Sums a batch's partial products over warps and segments into shared.row_sum. A group of warps has kBatchRows slots,
+// which are rows in the order (chunk, row of the group in the chunk). Four lanes take four slots each, eight such teams
+// share the segments.
 __device__ __forceinline__ void sum_batch(const Linear& linear, const Batch& batch, int lane, float* row_sum) {
     static_assert(kBatchRows == 16, "four lanes of four slots");
     const int quad = lane & 3, team = lane >> 2;
@@ -36,7 +36,8 @@ __device__ __forceinline__ void sum_batch(const Linear& linear, const Batch& bat
         sum += __shfl_xor_sync(0xffffffffu, sum, 4);
         const int slot = quad * 4 + (lane >> 4) * 2 + (lane >> 3 & 1), row_mask = (1 << linear.row_bits) - 1;
         if ((lane & 4) == 0)
-            row_sum[((slot >> linear.row_bits << linear.group_bits) + group << linear.row_bits) + (slot & row_mask)] = sum;
+            row_sum[((slot >> linear.row_bits << linear.group_bits) + group << linear.row_bits) + (slot & row_mask)] =
+                sum;
     }
     __syncwarp();
 }

@@ -14,8 +14,8 @@ __device__ __forceinline__ int pinned(int value) {
 struct GemvInput {
     const uint32_t* words;  // x as tagged words of use `use`, or null:
     uint32_t use;
-    const bf16* row;        // then x is this row of the embedding
-    const bf16* norm;       // elementwise factor, or null
+    const bf16* row;   // then x is this row of the embedding
+    const bf16* norm;  // elementwise factor, or null
 };
 
 // This lane's eight elements of each of the warp's units: x times the norm's weight. Returns its sum of x^2.
@@ -29,7 +29,9 @@ __device__ __forceinline__ float load_input(const GemvInput& in, int slice, int 
     }
     if (in.words != nullptr) {
         uint4 v[2 * U];
-        await(v, reinterpret_cast<const uint4*>(in.words) + slice * U * (kUnit / 4) + lane, [](int i) { return i * 32; }, in.use);
+        await(
+            v, reinterpret_cast<const uint4*>(in.words) + slice * U * (kUnit / 4) + lane, [](int i) { return i * 32; },
+            in.use);
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             const uint4 a = v[2 * u], b = v[2 * u + 1];
@@ -56,9 +58,9 @@ __device__ __forceinline__ float load_input(const GemvInput& in, int slice, int 
     return sum;
 }
 
-// x as the tensor core's left operand, 16 x 16 tiles. The columns of a unit fall into 8 segments of 32, one for each group
-// of four lanes. Row n of a tile is segment n of x in bf16, row 8 + n what bf16 leaves over of it: two exact products
-// accumulated in fp32 lose 2^-17 of x instead of 2^-9.
+// x as the tensor core's left operand, 16 x 16 tiles. The columns of a unit fall into 8 segments of 32, one for each
+// group of four lanes. Row n of a tile is segment n of x in bf16, row 8 + n what bf16 leaves over of it: two exact
+// products accumulated in fp32 lose 2^-17 of x instead of 2^-9.
 template <int U>
 struct SplitInput {
     uint32_t tile[U][2][4];
@@ -71,26 +73,32 @@ struct SplitInput {
                 const float a = x[u][2 * i], b = x[u][2 * i + 1];
                 const uint32_t high = common::Pack<bf16>::from_floats(a, b);
                 tile[u][i / 2][i % 2 * 2] = high;
-                tile[u][i / 2][i % 2 * 2 + 1] = common::Pack<bf16>::from_floats(a - bf16_low(high), b - bf16_high(high));
+                tile[u][i / 2][i % 2 * 2 + 1] =
+                    common::Pack<bf16>::from_floats(a - bf16_low(high), b - bf16_high(high));
             }
     }
 };
 
-// c += a b, 16 x 16 by 16 x 8. Column n of b is segment n of a row of weights: every lane multiplies just the 16 bytes that
-// it loaded, which are contiguous over the warp. c's two diagonals hold the products that are wanted, the rest is discarded.
+// c += a b, 16 x 16 by 16 x 8. Column n of b is segment n of a row of weights: every lane multiplies just the 16 bytes
+// that it loaded, which are contiguous over the warp. c's two diagonals hold the products that are wanted, the rest is
+// discarded.
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The products of R rows with the warp's slice of x, one of the 8 segments in each lane that is_diagonal, rubbish in others.
-__device__ __forceinline__ bool is_diagonal(int lane) { return (lane & 3) == lane >> 3; }
+// The products of R rows with the warp's slice of x, one of the 8 segments in each lane that is_diagonal, rubbish in
+// others.
+__device__ __forceinline__ bool is_diagonal(int lane) {
+    return (lane & 3) == lane >> 3;
+}
 
-#ifndef DECODE_STEP_FMA
 template <int U, int R>
-__device__ __forceinline__ void multiply_rows(const uint4 (&w)[R][U], const SplitInput<U>& x, int lane, float (&out)[R]) {
+__device__ __forceinline__ void multiply_rows(const uint4 (&w)[R][U], const SplitInput<U>& x, int lane,
+                                              float (&out)[R]) {
     constexpr int kChains = R >= 4 ? 1 : R >= 2 ? 2 : 4;  // at least four independent accumulators
     float c[R][kChains][4] = {};
 #pragma unroll
@@ -110,50 +118,12 @@ __device__ __forceinline__ void multiply_rows(const uint4 (&w)[R][U], const Spli
     }
 }
 
-#else
-template <int kMask, int kLast, int N>
-__device__ __forceinline__ void quad_sum(float* v, int lane) {
-    if constexpr (N > 1) {
-        constexpr int kHalf = N / 2;
-        const bool upper = lane & kMask;
-#pragma unroll
-        for (int i = 0; i < kHalf; ++i) {
-            const float sent = upper ? v[i] : v[i + kHalf];
-            const float kept = upper ? v[i + kHalf] : v[i];
-            v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kMask);
-        }
-        if constexpr (kMask > kLast) quad_sum<kMask / 2, kLast, kHalf>(v, lane);
-    } else {
-        v[0] += __shfl_xor_sync(0xffffffffu, v[0], kMask);
-        if constexpr (kMask > kLast) quad_sum<kMask / 2, kLast, 1>(v, lane);
-    }
-}
-template <int U, int R>
-__device__ __forceinline__ void multiply_rows(const uint4 (&w)[R][U], const float (&x)[U][8], int lane, float (&out)[R]) {
-    constexpr int kSums = R >= 4 ? 1 : 4 / R;
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-        float sums[kSums] = {};
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-            float f[8];
-            unpack(w[r][u], f);
-#pragma unroll
-            for (int e = 0; e < 8; ++e) sums[e % kSums] = fmaf(f[e], x[u][e], sums[e % kSums]);
-        }
-#pragma unroll
-        for (int i = 1; i < kSums; ++i) sums[0] += sums[i];
-        out[r] = sums[0];
-    }
-    quad_sum<2, 1, R>(out, lane);
-}
-#endif
-
 template <int R>
 __device__ __forceinline__ void store_floats(float* to, const float (&v)[R]) {
     if constexpr (R % 4 == 0) {
 #pragma unroll
-        for (int i = 0; i < R; i += 4) *reinterpret_cast<float4*>(to + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+        for (int i = 0; i < R; i += 4)
+            *reinterpret_cast<float4*>(to + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
     } else {
 #pragma unroll
         for (int i = 0; i < R; ++i) to[i] = v[i];
@@ -162,27 +132,23 @@ __device__ __forceinline__ void store_floats(float* to, const float (&v)[R]) {
 
 // All rows of one projection that belong to this block. U units of columns a warp.
 template <int U>
-__device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInput& in, int num_rows, int exchange_chunks, int warp, int lane,
-                                     RingReader& ring, uint32_t& batch_count, SharedState& shared) {
+__device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInput& in, int num_rows,
+                                     int exchange_chunks, int warp, int lane, RingReader& ring, uint32_t& batch_count,
+                                     SharedState& shared) {
     constexpr int kRows = rows_per_warp(U), kChunks = kBatchRows / kRows;
     const int slice = warp % linear.k_slices, group = warp / linear.k_slices;
     const int chunk_rows = pinned(linear.chunk_rows), num_chunks = (num_rows + chunk_rows - 1) / chunk_rows;
-    const uint32_t row_bytes = pinned(linear.k * 2);
+    const uint32_t row_bytes = pinned(linear.k * 2), chunk_bytes = chunk_rows * row_bytes;
     const uint32_t lane_offset = group * kRows * row_bytes + slice * U * (kUnit * 2) + lane * 16;
 
     PROFILE_BEGIN(op_began);
     float sum_squares;
-#ifdef DECODE_STEP_FMA
-    float x[U][8];
-    sum_squares = load_input<U>(in, slice, lane, x);
-#else
     SplitInput<U> x;
     {
         float wide[U][8];
         sum_squares = load_input<U>(in, slice, lane, wide);
         x.set(wide);
     }
-#endif
     PROFILE_END(shared, op, op_began);
 
     // Two chunks in turn: while one is multiplied, the other is on its way from shared memory.
@@ -193,17 +159,12 @@ __device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInp
     bool here = false;
     const auto load_chunk = [&](uint4(&w)[kRows][U]) {
         PROFILE_BEGIN(wait_began);
-        const uint32_t chunk = ring.acquire(here) + lane_offset;
+        const uint32_t chunk = ring.acquire(chunk_bytes, here) + lane_offset;
         PROFILE_END(shared, 5 + op, wait_began);
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
 #pragma unroll
-            for (int u = 0; u < U; ++u)
-#ifndef DECODE_STEP_NO_MATH
-                w[r][u] = load_shared(chunk + r * row_bytes + u * (kUnit * 2));
-#else
-                w[r][u] = make_uint4(chunk, 0, 0, 0);
-#endif
+            for (int u = 0; u < U; ++u) w[r][u] = load_shared(chunk + r * row_bytes + u * (kUnit * 2));
     };
     const auto multiply_chunk = [&](int c, const uint4(&w)[kRows][U], uint4(&next)[kRows][U]) {
         const uint32_t buffer = batch_count % kBatchBuffers, round = batch_count / kBatchBuffers;
@@ -213,23 +174,9 @@ __device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInp
         if (signals && c == exchange_from) *static_cast<volatile uint32_t*>(&shared.ring.exchanging) = 1;
         if (c + 1 < num_chunks) load_chunk(next);
         float sums[kRows];
-#ifndef DECODE_STEP_NO_MATH
         multiply_rows<U, kRows>(w, x, lane, sums);
-#else
-        for (int r = 0; r < kRows; ++r) sums[r] = __uint_as_float(w[r][0].x);
-#endif
-        #ifndef DECODE_STEP_NO_PEEK
         here = c + 2 < num_chunks && ring.peek();
-#endif
-#ifdef DECODE_STEP_FMA
-        float* part = &batch.part[warp * 8 + lane / 4][c % kChunks * kRows];
-        if constexpr (kRows == 8) *reinterpret_cast<float2*>(part + (lane & 3) * 2) = make_float2(sums[0], sums[1]);
-        if constexpr (kRows == 4) part[lane & 3] = sums[0];
-        if constexpr (kRows == 2) { if ((lane & 1) == 0) part[(lane & 2) / 2] = sums[0]; }
-        if constexpr (kRows == 1) { if ((lane & 3) == 0) part[0] = sums[0]; }
-#else
         if (is_diagonal(lane)) store_floats<kRows>(&batch.part[warp * 8 + lane / 4][c % kChunks * kRows], sums);
-#endif
         if (c % kChunks == kChunks - 1 || c + 1 == num_chunks) {
             if (lane == 1) batch.sum_squares[warp] = sum_squares;
             __syncwarp();

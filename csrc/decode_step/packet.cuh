@@ -60,12 +60,11 @@ __device__ __forceinline__ void publish(uint64_t* p, uint32_t value, uint32_t ta
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(pair) : "memory");
 }
 
-__device__ __forceinline__ float untag(uint32_t word) { return __uint_as_float(word & ~3u); }
+__device__ __forceinline__ float untag(uint32_t word) {
+    return __uint_as_float(word & ~3u);
+}
 
 __device__ __forceinline__ bool is_current(uint4 v, uint32_t use) {
-#ifdef DECODE_STEP_FREE
-    return true;
-#endif
     return ((((v.x ^ use) | (v.y ^ use)) | ((v.z ^ use) | (v.w ^ use))) & 3u) == 0;
 }
 
@@ -73,33 +72,24 @@ __device__ __forceinline__ float await(const uint32_t* p, uint32_t use) {
     Watchdog watchdog;
     uint32_t word;
     while (((word = load_volatile(p)) ^ use) & 3u) {
-#ifdef DECODE_STEP_FREE
-        break;
-#endif
         watchdog.check();
     }
     return untag(word);
 }
 
-// Polls N vectors of tagged words at p[index(0..N-1)]; the whole warp leaves together, with all words current. All blocks
-// read the same few lines, so polling costs the L2 more than the data does: the first vector alone is polled until it is
-// there, and what is then still missing of the others.
+// Polls N vectors of tagged words at p[index(0..N-1)]; the whole warp leaves together, with all words current. All
+// blocks read the same few lines, so polling costs the L2 more than the data does: the first vector alone is polled
+// until it is there, and what is then still missing of the others.
 template <int N, typename Index>
 __device__ __forceinline__ void await(uint4 (&v)[N], const uint4* p, Index index, uint32_t use) {
     Watchdog watchdog;
-#ifdef DECODE_STEP_POLL_ALL
-#pragma unroll
-    for (int i = 0; i < N; ++i) v[i] = load_volatile(p + index(i));
-#endif
     v[0] = load_volatile(p + index(0));
     while (!__all_sync(0xffffffffu, is_current(v[0], use))) {
         watchdog.check();
         v[0] = load_volatile(p + index(0));
     }
-#ifndef DECODE_STEP_POLL_ALL
 #pragma unroll
     for (int i = 1; i < N; ++i) v[i] = load_volatile(p + index(i));
-#endif
     for (;;) {
         bool done = true;
 #pragma unroll

@@ -13,19 +13,18 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kMathWarps = 8;
 constexpr int kMathThreads = kMathWarps * 32;
-constexpr int kEpilogueWarp = kMathWarps;   // sums the math warps' partial rows and publishes them
-constexpr int kLoaderWarp = kMathWarps + 1;  // the first of kLoaders, which stream weights and cached keys and values
-constexpr int kLoaders = 3;
-constexpr int kThreads = (kMathWarps + 1 + kLoaders) * 32;
+constexpr int kEpilogueWarp = kMathWarps;        // sums the math warps' partial rows and publishes them
+constexpr int kLoaderWarp = kMathWarps + 1;      // streams weights and cached keys and values
+constexpr int kThreads = (kMathWarps + 4) * 32;  // two warps idle: registers move between groups of four warps
 
-constexpr int kTileTokens = 64;   // one cache block of one head is one tile
-constexpr int kUnit = 256;        // columns that a warp reads of a row with one 16-byte load a lane
+constexpr int kTileTokens = 64;                  // one cache block of one head is one tile
+constexpr int kUnit = 256;                       // columns that a warp reads of a row with one 16-byte load a lane
 constexpr int kUnitChoices[] = {1, 2, 3, 4, 7};  // units of a row that one warp may own: its slice of x is in registers
-constexpr int kBatchRows = 16;    // rows that a warp sums across its lanes at once
-constexpr int kBatchBuffers = 3;  // batches of partial rows in flight between math warps and epilogue
-constexpr int kRingSlots = 32;    // chunks in the ring at most
-constexpr int kMaxSplits = 16;    // context splits of one kv head
-constexpr int kMaxGroup = 8;      // query heads of one kv head
+constexpr int kBatchRows = 16;                   // rows that a warp sums across its lanes at once
+constexpr int kBatchBuffers = 4;                 // batches of partial rows in flight between math warps and epilogue
+constexpr int kRingSlots = 32;                   // chunks in flight at most
+constexpr int kMaxSplits = 16;                   // context splits of one kv head
+constexpr int kMaxGroup = 8;                     // query heads of one kv head
 
 enum Op { kQkv = 0, kO = 1, kGateUp = 2, kDown = 3, kHead = 4, kNumOps = 5 };
 
@@ -43,47 +42,45 @@ struct Linear {
 };
 
 // Rows of a chunk that one warp multiplies: kChunkLoads loads of 16 bytes a lane, where rows are short enough.
-#ifndef DECODE_STEP_LOADS
-#define DECODE_STEP_LOADS 8
-#endif
-constexpr int kChunkLoads = DECODE_STEP_LOADS;
+constexpr int kChunkLoads = 8;
 __host__ __device__ constexpr int rows_per_warp(int units) {
     return units == 1 ? kChunkLoads : units == 2 ? kChunkLoads / 2 : units <= 4 ? kChunkLoads / 4 : 1;
 }
 
 struct Params {
-    const LayerPointers* layers;        // [num_layers], device memory
+    const LayerPointers* layers;               // [num_layers], device memory
     const bf16 *embed, *final_norm, *lm_head;  // [V, H], [H], [V, H]
-    const float *cos, *sin;             // [max_position, D / 2]
-    bf16 *k_cache, *v_cache;            // [num_layers, num_blocks, Hkv, 64, D]
-    int64_t stride_cache_layer;         // elements
-    int blocks_per_slot, max_positions;  // max_positions: the smaller of the slot's and the table's length
+    const float *cos, *sin;                    // [max_position, D / 2]
+    bf16 *k_cache, *v_cache;                   // [num_layers, num_blocks, Hkv, 64, D]
+    int64_t stride_cache_layer;                // elements
+    int blocks_per_slot, max_positions;        // max_positions: the smaller of the slot's and the table's length
     int num_layers, hidden_size, num_heads, num_kv_heads, vocab_size;
     float rms_norm_eps, softmax_scale_log2;  // log2(e) / sqrt(D)
     Linear linear[kNumOps];
-    int num_slots, slot_bytes, max_streaming, max_exchanging, exchange_chunks, max_splits, single_split_tiles;
+    int ring_bytes, max_streaming, max_exchanging, exchange_chunks, max_prefetch, prefetch_cycles, max_splits,
+        single_split_tiles;
 
     // Decode state of the one row: where the step reads its input and leaves its output.
-    int64_t* token_id;                  // [1]
-    int32_t* position;                  // [1], index of the new token; negative: idle, nothing happens
-    const int32_t* slot;                // [1]
-    const int64_t* stop_ids;            // [num_stop_ids], negative entries never match; may be null
+    int64_t* token_id;                                   // [1]
+    int32_t* position;                                   // [1], index of the new token; negative: idle, nothing happens
+    const int32_t* slot;                                 // [1]
+    const int64_t* stop_ids;                             // [num_stop_ids], negative entries never match; may be null
     const int32_t *first_stop_position, *last_position;  // [1]; null without stop_ids
     int num_stop_ids;
-    const float* temperature;           // [1], 0 is greedy; null: greedy
+    const float* temperature;                // [1], 0 is greedy; null: greedy
     const int64_t *seed, *request, *sample;  // [1] each, the generator's key
-    int num_steps;                      // tokens that one launch decodes
-    bool draws;                         // false: logits only; state stays as it is and num_steps is 1
-    float* logits;                      // [V] of the last step, or null
-    int64_t* drawn;                     // [num_steps], the tokens drawn; null if !draws
+    int num_steps;                           // tokens that one launch decodes
+    bool draws;                              // false: logits only; state stays as it is and num_steps is 1
+    float* logits;                           // [V] of the last step, or null
+    int64_t* drawn;                          // [num_steps], the tokens drawn; null if !draws
 
     // Activations on their way between blocks (packet.cuh). Zeroed once, with `steps_done`; then never again.
     uint32_t *x_attn, *x_mlp, *qkv, *attn, *act;  // tagged words: [H], [H], [(Hq + 2 Hkv) D], [Hq D], [F]
-    uint64_t* split_out;                // [Hkv, max_splits, group D] pairs (value, tag)
-    uint64_t* split_state;              // [Hkv, max_splits, group, 2] pairs (max or sum, tag)
-    uint64_t* candidates;               // [grid], the best (score, token id) of each block
-    uint32_t* steps_done;               // [1], counts every step ever made; tags derive from it
-    int64_t* profile;                   // [grid, 32] cycles, in builds with DECODE_STEP_PROFILE
+    uint64_t* split_out;                          // [Hkv, max_splits, group D] pairs (value, tag)
+    uint64_t* split_state;                        // [Hkv, max_splits, group, 2] pairs (max or sum, tag)
+    uint64_t* candidates;                         // [grid], the best (score, token id) of each block
+    uint32_t* steps_done;                         // [1], counts every step ever made; tags derive from it
+    int64_t* profile;                             // [grid, 32] cycles, in builds with DECODE_STEP_PROFILE
 };
 
 struct Rows {
@@ -95,29 +92,27 @@ struct Rows {
 __host__ __device__ inline Rows rows_of_block(const Linear& linear, int op, int layer, int block, int grid) {
     const int seat = (block + layer * 37 + op * 29) % grid;
     const int pieces = linear.rows / linear.row_unit;
-    const int begin = static_cast<uint32_t>(seat) * pieces / grid;
-    const int end = static_cast<uint32_t>(seat + 1) * pieces / grid;
+    const int begin = static_cast<int>(static_cast<int64_t>(seat) * pieces / grid);
+    const int end = static_cast<int>(static_cast<int64_t>(seat + 1) * pieces / grid);
     return {begin * linear.row_unit, (end - begin) * linear.row_unit};
 }
 
-// Tiles of one head that one chunk holds, K and V each.
-__host__ __device__ constexpr int tiles_per_chunk(int head_dim) { return 128 / head_dim; }
-constexpr int kContextChunkBytes = 2 * kTileTokens * 128 * 2;
-
-// The tokens that a block attends to, the new one included: tiles [tile_begin, tile_end) of one kv head; head < 0: none.
+// The cached tokens that a block attends to: tiles [tile_begin, tile_end) of one kv head; head < 0: none.
+// The new token belongs to split 0.
 struct AttentionWork {
     int head, split, num_splits, tile_begin, tile_end;
 };
 
 __host__ __device__ inline AttentionWork attention_of_block(const Params& p, int position, int block) {
-    const int tiles = position / kTileTokens + 1;
+    const int tiles = (position + kTileTokens - 1) / kTileTokens;
     int splits = 1;
     if (tiles > p.single_split_tiles)
         while (splits < p.max_splits && 4 * splits <= tiles) splits *= 2;  // two tiles a split, or more
     // The same blocks in every layer: they keep the instructions of this part in their cache.
     if (block >= p.num_kv_heads * splits) return {-1, 0, splits, 0, 0};
     const int head = block / splits, split = block % splits;
-    return {head, split, splits, split * tiles / splits, (split + 1) * tiles / splits};
+    return {head, split, splits, static_cast<int>(static_cast<int64_t>(split) * tiles / splits),
+            static_cast<int>(static_cast<int64_t>(split + 1) * tiles / splits)};
 }
 
 // How the columns of a row of length k are dealt to warps; units 0 if that cannot be done.

@@ -15,21 +15,23 @@ struct SharedState {
     uint64_t batch_full[kBatchBuffers], batch_empty[kBatchBuffers];
     Batch batch[kBatchBuffers];
     float row_sum[kBatchRows * kMathWarps];  // of the batch in the epilogue warp's hands
-    int position;         // of the launch's first step
-    uint32_t steps_done;  // before this launch
+    int position;                            // of the launch's first step
+    uint32_t steps_done;                     // before this launch
     int64_t profile[32];
 };
 
 // After SharedState: attention's scratch (q fp32, new k and v bf16, the warps' partial outputs, their max and sum),
 // then the layers' pointers, then the ring.
 struct AttentionScratch {
-    float* q;            // [group, D]
-    bf16 *k, *v;         // [D] each, the new token's
-    float* out;          // [kMathWarps, group, D]
-    float2* state;       // [kMathWarps, group]
+    float* q;       // [group, D]
+    bf16 *k, *v;    // [D] each, the new token's
+    float* out;     // [kMathWarps, group, D]
+    float2* state;  // [kMathWarps, group]
 };
 
-__host__ __device__ constexpr int align_up(int bytes) { return (bytes + 127) / 128 * 128; }
+__host__ __device__ constexpr int align_up(int bytes) {
+    return (bytes + 127) / 128 * 128;
+}
 __host__ __device__ constexpr int attention_scratch_bytes(int head_dim, int group) {
     return align_up(group * head_dim * 4 + 2 * head_dim * 2 + kMathWarps * group * (head_dim * 4 + 8));
 }
@@ -61,8 +63,9 @@ __device__ __forceinline__ Step make_step(const Params& p, const SharedState& sh
 // ---- Cycle counts of one block, in builds that ask for them.
 #ifdef DECODE_STEP_PROFILE
 #define PROFILE_BEGIN(name) const int64_t name = clock64()
-#define PROFILE_END(state, slot, name) \
-    if (threadIdx.x % kMathThreads == 0) (state).profile[slot] += clock64() - (name)  // math warp 0 and the epilogue warp
+#define PROFILE_END(state, slot, name)   \
+    if (threadIdx.x % kMathThreads == 0) \
+    (state).profile[slot] += clock64() - (name)  // math warp 0 and the epilogue warp
 #else
 #define PROFILE_BEGIN(name)
 #define PROFILE_END(state, slot, name)

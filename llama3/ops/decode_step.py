@@ -15,15 +15,18 @@ import torch
 from llama3.config import ModelConfig
 from llama3.decode_state import DecodeState
 from llama3.errors import UserError
-from llama3.kv_cache import KVCache
+from llama3.kv_cache import BLOCK_SIZE, KVCache
 from llama3.rope import RopeTable
 from llama3.weights import ModelWeights
 
 OPS = ("qkv", "o", "gate_up", "down", "head")  # the order of decode_step::Op
-# Chunks of about 32 KB that a multiprocessor requests ahead of their arrival: in the middle of a long projection, and
-# from EXCHANGE_CHUNKS before its end until the next one's input is there.
-MAX_STREAMING, MAX_EXCHANGING, EXCHANGE_CHUNKS = 4, 2, 3
-MIN_CHUNK_ROOM = 96 * 1024  # bytes of ring without which memory would idle at every exchange between blocks
+# Bytes that a multiprocessor requests ahead of their arrival: in the middle of a long projection, and from
+# EXCHANGE_CHUNKS before its end until the next one's input is there. Bytes that it may bring into L2 while its ring is
+# full, 16 KB each PREFETCH_CYCLES. Measured on one H200 (docs/log-decode-step.md).
+MAX_STREAMING, MAX_EXCHANGING, EXCHANGE_CHUNKS = 128 * 1024, 48 * 1024, 3
+MAX_PREFETCH, PREFETCH_CYCLES = 128 * 1024, 850
+SINGLE_SPLIT_TILES = 4  # tiles of 64 tokens that one block attends to alone: a second one costs an exchange
+MIN_RING_BYTES = 96 * 1024  # below, memory would idle at every exchange between blocks
 
 
 @functools.cache
@@ -38,10 +41,11 @@ class DecodeStep:
     """Decodes row 0 of a DecodeState: bf16 weights and cache, fp32 in between.
 
     The step feeds `state.token_ids[0]` at `state.positions[0]` of slot `state.slots[0]` and appends its key and value
-    to the cache. A launch that draws leaves the drawn token and its position in the state, or IDLE after a stop token or
-    the last position, exactly as DecodeState.place does; it draws greedily where the temperature is 0 and otherwise by
-    Gumbel-max without filters (top-k, top-p and min-p are not applied). An idle row, or one without room for all steps of
-    the launch in its slot, is left alone, and so is everything else.
+    to the cache. A launch that draws leaves the drawn token and its position in the state, or IDLE after a stop token
+    or the last position, exactly as DecodeState.place does; it draws greedily where the temperature is 0 and otherwise
+    by Gumbel-max without filters (top-k, top-p and min-p are not applied, nor is a stop token before min_tokens kept
+    from being drawn). An idle row, or one without room for all steps of the launch in its slot, is left alone, and so
+    is everything else. Steps after a stop token in the same launch still run; whoever reads the tokens drops theirs.
 
     `logits` is fp32 [1, V]: those of the last step launched.
     """
@@ -54,8 +58,7 @@ class DecodeStep:
             raise UserError(f"the persistent decode step cannot run this model: {reason}")
         _check(config, weights, rope, cache, state)
         self.config, self.weights, self.rope, self.cache, self.state = config, weights, rope, cache, state
-        properties = torch.cuda.get_device_properties(device)
-        self.grid, self.max_smem_bytes = properties.multi_processor_count, properties.shared_memory_per_block_optin
+        self.grid, self.max_smem_bytes = _resources(device)
         self.logits = torch.zeros(1, config.vocab_size, dtype=torch.float32, device=device)
         self._device = device
         self._make_params()
@@ -67,22 +70,19 @@ class DecodeStep:
         if device.type != "cuda":
             return f"it needs an NVIDIA GPU, and the device is {device}"
         major, minor = torch.cuda.get_device_capability(device)
-        if major < 9:
-            return f"it needs bulk copies into shared memory (compute capability 9.0 or newer), and this GPU has {major}.{minor}"
-        properties = torch.cuda.get_device_properties(device)
-        return _shape_reason(config, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+        if (major, minor) != (9, 0):
+            return f"it is written for Hopper (compute capability 9.0), and this GPU has {major}.{minor}"
+        return _shape_reason(config, *_resources(device))
 
     def launch(self, drawn: torch.Tensor | None = None) -> None:
-        """Enqueue on the current stream: one step that leaves `logits` and no more, or with `drawn` (int64 [n, 1] or [n],
-        contiguous) n steps that draw their tokens into it. No host synchronisation; can be captured in a graph."""
+        """Enqueue one step that leaves `logits` and no more; with `drawn`, n steps that draw their tokens into it.
+
+        drawn: int64 [n] or [n, 1], contiguous. Runs on the current stream without host synchronisation and can be
+        captured in a graph. All multiprocessors must be free for it: nothing else may run beside it for long.
+        """
         params = self._params
-        if drawn is not None and (
-            drawn.dtype != torch.int64 or drawn.device != self._device or not drawn.is_contiguous() or drawn.numel() < 1
-        ):
-            raise UserError(
-                f"decode step: drawn is {drawn.dtype} {list(drawn.shape)} on {drawn.device}; "
-                f"expected contiguous int64 [num_steps] on {self._device}"
-            )
+        if drawn is not None and (drawn.numel() < 1 or not _is(drawn, torch.int64, self._device)):
+            raise _wrong("drawn", drawn, f"contiguous int64 [num_steps] on {self._device}")
         params.draws = drawn is not None
         params.num_steps = 1 if drawn is None else drawn.numel()
         params.drawn = 0 if drawn is None else drawn.data_ptr()
@@ -161,8 +161,10 @@ class DecodeStep:
             "max_streaming": MAX_STREAMING,
             "max_exchanging": MAX_EXCHANGING,
             "exchange_chunks": EXCHANGE_CHUNKS,
+            "max_prefetch": MAX_PREFETCH,
+            "prefetch_cycles": PREFETCH_CYCLES,
             "max_splits": max_splits,
-            "single_split_tiles": 4,
+            "single_split_tiles": SINGLE_SPLIT_TILES,
             "num_stop_ids": state.max_stop_ids,
         }
         for name, value in numbers.items():
@@ -170,6 +172,12 @@ class DecodeStep:
         for op, (rows, columns, row_unit) in enumerate(_linears(config)):
             params.set_linear(op, rows, columns, row_unit)
         self._params = params
+
+
+def _resources(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a block may have."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def _linears(config: ModelConfig) -> list[tuple[int, int, int]]:
@@ -188,8 +196,8 @@ def _shape_reason(config: ModelConfig, grid: int, max_smem_bytes: int) -> str | 
     if config.dtype != torch.bfloat16:
         return f"it is written for bfloat16 weights, and the model's are {config.dtype}"
     group = config.num_heads // config.num_kv_heads
-    if group > library().max_group:
-        return f"it takes at most {library().max_group} query heads a kv head, and the model has {group}"
+    if group > (most := library().max_group(config.head_dim)):
+        return f"it takes at most {most} query heads of {config.head_dim} a kv head, and the model has {group}"
     if config.hidden_size < grid:
         return f"every one of the {grid} multiprocessors needs a row of the hidden size, which is {config.hidden_size}"
     if config.num_kv_heads > grid:
@@ -198,34 +206,33 @@ def _shape_reason(config: ModelConfig, grid: int, max_smem_bytes: int) -> str | 
         if not library().fits_columns(columns):
             return f"its warps cannot share rows of {columns} columns (the {op} projection) evenly"
     room = max_smem_bytes - library().fixed_smem_bytes(config.num_layers, config.head_dim, group)
-    if room < MIN_CHUNK_ROOM:
+    if room < MIN_RING_BYTES:
         return f"a multiprocessor has {max_smem_bytes} bytes of shared memory, too few to stream weights through"
     return None
 
 
-def _check(
-    config: ModelConfig, weights: ModelWeights, rope: RopeTable, cache: KVCache, state: DecodeState
-) -> None:
+def _check(config: ModelConfig, weights: ModelWeights, rope: RopeTable, cache: KVCache, state: DecodeState) -> None:
     """Raise UserError for a tensor that the kernel would misread."""
     device = weights.embed.device
     for index, tensor in enumerate(weights.tensors()):
-        if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous() or tensor.device != device or tensor.data_ptr() % 16:
-            raise UserError(
-                f"decode step: weight {index} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; expected contiguous "
-                f"bfloat16 on {device}, aligned to 16 bytes"
-            )
-    shape = (config.num_kv_heads, 64, config.head_dim)
+        if tensor.data_ptr() % 16 or not _is(tensor, torch.bfloat16, device):
+            raise _wrong(f"weight {index}", tensor, f"contiguous bfloat16 on {device}, aligned to 16 bytes")
+    shape = (config.num_kv_heads, BLOCK_SIZE, config.head_dim)
     for name, tensor in (("cache.k", cache.k), ("cache.v", cache.v)):
-        if tensor.dtype != torch.bfloat16 or tensor.shape[2:] != shape or not tensor.is_contiguous() or tensor.device != device:
-            raise UserError(
-                f"decode step: {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; expected contiguous bfloat16 "
-                f"[num_layers, num_blocks, {', '.join(map(str, shape))}] on {device}"
-            )
+        if tensor.shape[0] != config.num_layers or tensor.shape[2:] != shape or not _is(tensor, torch.bfloat16, device):
+            wanted = f"[{config.num_layers}, num_blocks, {', '.join(map(str, shape))}]"
+            raise _wrong(name, tensor, f"contiguous bfloat16 {wanted} on {device}")
     for name, tensor in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
-        if tensor.dtype != torch.float32 or tensor.shape[1:] != (config.head_dim // 2,) or tensor.device != device:
-            raise UserError(
-                f"decode step: {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
-                f"expected float32 [num_positions, {config.head_dim // 2}] on {device}"
-            )
+        if tensor.shape[1:] != (config.head_dim // 2,) or not _is(tensor, torch.float32, device):
+            raise _wrong(name, tensor, f"contiguous float32 [num_positions, {config.head_dim // 2}] on {device}")
     if state.token_ids.device != device:
         raise UserError(f"decode step: the decode state is on {state.token_ids.device}, the weights on {device}")
+
+
+def _is(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    return tensor.dtype == dtype and tensor.device == device and tensor.is_contiguous()
+
+
+def _wrong(name: str, tensor: torch.Tensor, expected: str) -> UserError:
+    found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+    return UserError(f"decode step: {name} is {found}; expected {expected}")
