@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.graph_timing import capture, replay_seconds
 from llama3.ops import decode_attn as ops
 
 READ_CEILING = 4.585e12  # bytes/s of streaming loads over 8 GiB on an H200, measured
@@ -232,25 +233,14 @@ def copies_for(shape: Shape, rotate: bool = True) -> int:
     return max(4, min(64, ROTATED_BYTES // shape.kv_bytes)) if rotate else 1
 
 
-@contextlib.contextmanager
-def _capture_of(calls: list[Call]) -> Iterator[torch.cuda.CUDAGraph]:
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    yield graph
-    graph.reset()
-
-
 def time_together(
     kernels: dict[str, list[Call]], warmup_s: float = 0.05, replays: int = 15
 ) -> dict[str, dict[str, float]]:
     """Seconds a call of each kernel: median, p10 and p90 over graph replays, the kernels taking turns."""
     with contextlib.ExitStack() as stack:
-        graphs = {name: stack.enter_context(_capture_of(calls)) for name, calls in kernels.items()}
+        graphs = {name: capture(calls) for name, calls in kernels.items()}
+        for graph in graphs.values():
+            stack.callback(graph.reset)
         began = time.perf_counter()
         while time.perf_counter() - began < warmup_s * len(graphs):
             for graph in graphs.values():
@@ -259,12 +249,7 @@ def time_together(
         seconds: dict[str, list[float]] = {name: [] for name in graphs}
         for _ in range(replays):
             for name, graph in graphs.items():
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                seconds[name].append(start.elapsed_time(end) / 1e3 / len(kernels[name]))
+                seconds[name].append(replay_seconds(graph) / len(kernels[name]))
     result = {}
     for name, values in seconds.items():
         ordered = sorted(values)
