@@ -48,7 +48,6 @@ bench:
 	$(PYTHON) benchmark_model.py --shape 1b --suite seed
 
 docs: $(VENV)/dev.stamp
-	$(BIN)/python tools/render_results.py
 	$(BIN)/python tools/render_docs.py
 
 clean:

@@ -2,7 +2,7 @@
 """Bandwidth of the decode-attention kernel: one shape, or the whole matrix beside FA2, FA3 and FlashInfer.
 
     python benchmark_kernel.py --head_size 64 --q_num_heads 32 --kv_num_heads 8 --batch_size 1 --seq_n 256
-    python benchmark_kernel.py --suite --json results/decode_attn/suite.json --plot docs/decode-attention-bandwidth.png
+    python benchmark_kernel.py --suite --json results/decode_attn/suite.json --plot build/bandwidth.png
     python benchmark_kernel.py --suite ladder --json results/decode_attn/ladder.json
     ncu --profile-from-start off --clock-control none --cache-control all --csv \\
         --metrics gpu__time_duration.sum,dram__bytes_read.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed \\
@@ -25,6 +25,7 @@ import load_custom_kernels
 from llama3.errors import UserError
 from llama3.ops import decode_attn as ops
 from tools import decode_bench as bench
+from tools import plot_bandwidth
 
 
 def main() -> int:
@@ -135,9 +136,7 @@ def run_suite(args: argparse.Namespace) -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(document, indent=1) + "\n")
     if args.plot:
-        from tools.plot_bandwidth import plot
-
-        plot(document, args.plot)
+        plot_bandwidth.draw(plot_bandwidth.plot_data(document), args.plot)
 
 
 def measure(shape: bench.Shape, peers: dict, ladder: bool) -> dict:

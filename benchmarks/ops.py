@@ -12,12 +12,14 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.environment import describe
+from benchmarks.graph_timing import microseconds
 from benchmarks.peaks import KNOWN
 from benchmarks.text_table import markdown_table, number
 from llama3.config import ModelConfig
@@ -40,22 +42,7 @@ Row = dict[str, Any]
 
 def measure(run: Callable[[int], object], calls: int) -> float:
     """Median microseconds of one of run(0) ... run(calls - 1), from replays of a graph of them all."""
-    run(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            run(i)
-    graph.replay()
-    times = []
-    for _ in range(REPETITIONS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
+    return statistics.median(microseconds([partial(run, i) for i in range(calls)], REPETITIONS))
 
 
 def measure_products(ops: CudaOps, config: ModelConfig, num_tokens: int) -> list[Row]:
@@ -106,11 +93,16 @@ def measure_prefill_attention(ops: CudaOps, config: ModelConfig, num_tokens: int
     return {"op": "attention", "tokens": num_seqs * PROMPT_LEN, "us": us, "bytes": moved, "flops": flops}
 
 
+def floor_us(row: Row, results: dict[str, Any]) -> float:
+    """Microseconds that a row's bytes or its operations take at the peaks of its run, whichever are more."""
+    return max(row["bytes"] / results["read_bandwidth"], row["flops"] / results["matrix_flops"]) * 1e6
+
+
 def table(results: dict[str, Any]) -> str:
     """The rows of a run, with floors from its peaks."""
     rows = []
     for row in results["rows"]:
-        floor = max(row["bytes"] / results["read_bandwidth"], row["flops"] / results["matrix_flops"]) * 1e6
+        floor = floor_us(row, results)
         rates = (row["bytes"] / row["us"] / 1e3, row["flops"] / row["us"] / 1e6)
         figures = [number(row["us"], 1), number(floor, 1), f"{floor / row['us']:.0%}", *(number(r, 0) for r in rates)]
         rows.append([row["model"], row["op"], str(row["tokens"]), *figures])

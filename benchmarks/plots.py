@@ -1,19 +1,15 @@
 """A plot of a record: for each case the throughput of every engine, and the floor's. Needs matplotlib."""
 
-import hashlib
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import SAMPLINGS
 from benchmarks.engines import FAMILIES
+from benchmarks.plot_file import new_figure, save
 from benchmarks.record import Record
-from llama3.errors import RequestError
 
 COLOURS = {"ours": "#1f6f8b", "vllm": "#d98e04", "hf": "#8c8c8c"}
 COLUMNS = 4
-DIGEST_KEY = "Data-SHA256"  # of the plotted data, inside the PNG: tells whether a plot is up to date
 
 
 def plot_data(record: Record, sampling: str) -> dict[str, Any]:
@@ -30,22 +26,12 @@ def plot_data(record: Record, sampling: str) -> dict[str, Any]:
     return {"title": f"Generated tokens a second, prefill included: {title}", "panels": panels}
 
 
-def data_digest(data: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
 def draw(data: dict[str, Any], path: Path) -> None:
-    """Write a PNG of some tens of kilobytes. Raises RequestError where matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RequestError("plots need matplotlib: pip install matplotlib") from error
+    """Write the plot as a PNG. Raises RequestError where matplotlib is not installed."""
     panels = data["panels"]
     columns = min(COLUMNS, len(panels)) or 1
     rows = max(1, -(-len(panels) // columns))
-    figure = Figure(figsize=(3.0 * columns, 2.6 * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.0 * columns, 2.6 * rows + 0.4)
     figure.suptitle(data["title"], fontsize=10)
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
@@ -61,19 +47,4 @@ def draw(data: dict[str, Any], path: Path) -> None:
         axes.set_title(panel["title"], fontsize=9)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90, metadata={DIGEST_KEY: data_digest(data), "Software": None})
-
-
-def digest_in_png(path: Path) -> str | None:
-    """The digest that `draw` wrote into a PNG; None if there is no such file or no digest in it."""
-    if not path.exists():
-        return None
-    content, position = path.read_bytes(), 8
-    while position + 8 <= len(content):
-        length, kind = struct.unpack_from(">I4s", content, position)
-        body = content[position + 8 : position + 8 + length]
-        if kind == b"tEXt" and body.startswith(DIGEST_KEY.encode() + b"\0"):
-            return body.split(b"\0", 1)[1].decode("latin-1")
-        position += length + 12
-    return None
+    save(figure, data, path)

@@ -1,4 +1,4 @@
-"""Time the sampling kernels: `python -m benchmarks.sampling [--json FILE]` on a GPU; `--docs` rewrites the tables.
+"""Time the sampling kernels: `python -m benchmarks.sampling [--json FILE]` on a GPU.
 
 Every figure is the median of graph replays of many calls in a row, divided by their number: the launch gap that a node
 of a graph costs is in it, the host is not. Logits are bf16 [B, 128256], random rows ("normal": flat, thousands of
@@ -8,25 +8,21 @@ of more than 180 MB together, else they use one, which a batch of up to 64 leave
 
 import argparse
 import json
-import re
 import statistics
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.environment import describe
-from benchmarks.text_table import markdown_table
+from benchmarks.graph_timing import microseconds
 from llama3.ops.sampling import sample
 from llama3.sampling import SamplingTensors, sample_tokens
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, DOCUMENT = ROOT / "results/sampling/h200.json", ROOT / "docs/sampling.md"
-SECTION = re.compile(r"(<!-- sampling:begin -->\n).*?(<!-- sampling:end -->)", re.DOTALL)
 VOCAB_SIZE = 128256
 READ_BANDWIDTH = 4.585e12  # bytes/s, one H200 reading memory
 COLD_BYTES = 192 << 20
+REPEATS = 15
 BATCHES = (1, 4, 16, 64, 256)
 MODES: dict[str, dict] = {
     "greedy": {"temperature": 0.0},
@@ -55,25 +51,8 @@ def rows(kind: str, batch: int) -> torch.Tensor:
     return (normal * 2 + torch.rand(batch, VOCAB_SIZE, device="cuda") ** 400 * 20).bfloat16()
 
 
-def microseconds(calls: Sequence[Callable[[], object]], repeats: int = 15) -> tuple[float, float, float]:
-    """Median, lowest and highest time of one call, of `repeats` replays of all of them in one graph."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times), min(times), max(times)
+def summary(times: list[float]) -> dict[str, float]:
+    return {"us": statistics.median(times), "low_us": min(times), "high_us": max(times)}
 
 
 def measure(mode: str, kind: str, batch: int, cold: bool, blocks: int = 0, overlap: bool = False) -> dict:
@@ -88,54 +67,25 @@ def measure(mode: str, kind: str, batch: int, cold: bool, blocks: int = 0, overl
     calls = [lambda b=b: sample(b, params, positions, out, blocks_per_row=blocks, overlap=overlap) for b in order]
     differing = sample(buffers[0], params, positions) != sample_tokens(buffers[0], params, positions)
     assert differing.sum() <= 1, "the kernel draws other tokens than the reference"  # one may lie within rounding
-    median, low, high = microseconds(calls)
+    times = microseconds(calls, REPEATS)
     floor = num_bytes / READ_BANDWIDTH * 1e6
     setup = {"mode": mode, "kind": kind, "batch": batch, "cold": cold, "blocks_per_row": blocks, "overlap": overlap}
-    return setup | {"us": median, "low_us": low, "high_us": high, "floor_us": floor}
+    return setup | summary(times) | {"floor_us": floor}
 
 
 def reference(mode: str, batch: int) -> dict:
     """The same draw in PyTorch, which sorts."""
     params, logits = rules(batch, MODES[mode]), rows("normal", batch)
     positions = torch.arange(100, 100 + batch, dtype=torch.int32, device="cuda")
-    median, low, high = microseconds([lambda: sample_tokens(logits, params, positions)] * 2, repeats=5)
-    return {"mode": mode, "batch": batch, "us": median, "low_us": low, "high_us": high}
-
-
-def table(record: dict) -> str:
-    """Microseconds by rules and batch size, "peaked / normal" rows, as Markdown; the last line is the floor."""
-    times = {
-        (row["mode"], row["kind"], row["batch"]): row["us"]
-        for row in record["results"]
-        if not row["cold"] and not row["overlap"]
-    }
-    lines = [
-        [mode, *(f"{times[mode, 'peaked', batch]:.1f} / {times[mode, 'normal', batch]:.1f}" for batch in BATCHES)]
-        for mode in MODES
-    ]
-    floors = [batch * VOCAB_SIZE * 2 / READ_BANDWIDTH * 1e6 for batch in BATCHES]
-    lines.append(["reading the logits from memory once", *(f"{floor:.1f}" for floor in floors)])
-    for mode in ("greedy", "top-p 0.9"):
-        sorting = {row["batch"]: row["us"] for row in record["reference"] if row["mode"] == mode}
-        lines.append([f"PyTorch reference, {mode}", *(f"{sorting[b]:.0f}" if b in sorting else "" for b in BATCHES)])
-    return markdown_table(["µs a call", *(f"B = {batch}" for batch in BATCHES)], lines)
-
-
-def document_with_tables(document: str) -> str:
-    """docs/sampling.md with its table made anew from the results."""
-    made = table(json.loads(RESULTS.read_text()))
-    return SECTION.sub(lambda match: f"{match[1]}{made}\n{match[2]}", document)
+    times = microseconds([lambda: sample_tokens(logits, params, positions)] * 2, repeats=5)
+    return {"mode": mode, "batch": batch} | summary(times)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the sampling kernels")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--sweep", action="store_true", help="also try every number of blocks a row")
-    parser.add_argument("--docs", action="store_true", help="only rewrite the table in docs/sampling.md")
     args = parser.parse_args()
-    if args.docs:
-        DOCUMENT.write_text(document_with_tables(DOCUMENT.read_text()))
-        return
     torch.manual_seed(0)
     results = []
     print(f"{'mode':22} {'rows':7} {'B':>4} {'us':>8} {'cold us':>8} {'overlap':>8} {'floor':>7}")

@@ -5,6 +5,7 @@ from pathlib import Path
 from benchmarks.boxed_tables import profile_boxes
 from benchmarks.cases import SAMPLINGS
 from benchmarks.engines import MODES
+from benchmarks.plot_file import IMAGES
 from benchmarks.plots import plot_data
 from benchmarks.record import Record
 from benchmarks.text_table import markdown_table, number
@@ -14,13 +15,16 @@ NOTHING = "Not measured yet."
 SUMMARY_SAMPLING = "mission"
 
 
-def sections(records: list[Record], images: str) -> dict[str, str]:
-    """Name -> Markdown. `images`: where the plots lie, as seen from the document."""
+def sections(records: list[Record]) -> dict[str, str]:
+    """Name -> Markdown, with links to plots as seen from the root of the repository.
+
+    model-summary, the first thing to read, is the whole suite; until that was run, all figures of what was.
+    """
     suites = [record for record in records if record.suite == "seed" and record.measurements]
     profiles = [record for record in records if record.suite == "profile" and record.measurements]
     measured = [record for record in records if record.measurements]
     parts = {
-        "model-summary": [_summary(record, images) for record in suites],
+        "model-summary": [_summary(record) for record in suites] or [_figures(record) for record in measured],
         "model-throughput": [throughput_tables(record, "####").strip() for record in suites],
         "model-profile": [_boxes(record) for record in profiles],
         "model-figures": [_figures(record) for record in measured],
@@ -45,11 +49,11 @@ def plot_name(record: Record, sampling: str) -> str:
     return f"{record.suite}-{Path(record.model).name}-{sampling}.png".lower()
 
 
-def _summary(record: Record, images: str) -> str:
+def _summary(record: Record) -> str:
     """The tables and the plot of one way of sampling, that of SUMMARY_SAMPLING if it was measured."""
     names = record.samplings()
     sampling = SUMMARY_SAMPLING if SUMMARY_SAMPLING in names else names[0]
-    picture = f"![throughput of {record.model} by engine]({images}/{plot_name(record, sampling)})"
+    picture = f"![throughput of {record.model} by engine]({IMAGES}/{plot_name(record, sampling)})"
     return f"{throughput_tables(record, '###', only=sampling).strip()}\n\n{picture}"
 
 

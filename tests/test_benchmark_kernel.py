@@ -60,13 +60,16 @@ def test_shapes_count_bytes():
 
 
 def test_plot_draws_every_kernel(tmp_path):
+    pytest.importorskip("matplotlib")
     rows = [
         {"num_heads": 32, "head_dim": d, "batch": 1, "context": c, "kv_MB": c / 500, "us": {"ours": 5.0, "fa2": 9.0}}
         for d in (64, 128)
         for c in (256, 2048)
     ]
     target = tmp_path / "plots" / "bandwidth.png"
-    plot_bandwidth.plot({"rows": rows, "read_ceiling_TBs": 4.585}, target)
+    data = plot_bandwidth.plot_data({"rows": rows, "read_ceiling_TBs": 4.585})
+    assert data["panels"][1]["lines"]["fa2"] == [(256, 0.0569), (2048, 0.4551)]
+    plot_bandwidth.draw(data, target)
     assert target.read_bytes().startswith(b"\x89PNG")
 
 

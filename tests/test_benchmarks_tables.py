@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import block, plots
+from benchmarks import block, plot_file, plots
 from benchmarks.boxed_tables import Column, boxed_table, profile_boxes
 from benchmarks.cases import SAMPLINGS, SUITES, Case
 from benchmarks.csv_file import COLUMNS, write_csv
@@ -234,6 +234,6 @@ def test_a_plot_is_small_and_knows_its_data(tmp_path):
     path = tmp_path / "images" / "p.png"
     plots.draw(data, path)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size < 100_000
-    assert plots.digest_in_png(path) == plots.data_digest(data)
-    assert plots.digest_in_png(tmp_path / "none.png") is None
+    assert plot_file.digest_in_png(path) == plot_file.data_digest(data)
+    assert plot_file.digest_in_png(tmp_path / "none.png") is None
     plots.draw({"title": "nothing", "panels": []}, tmp_path / "empty.png")

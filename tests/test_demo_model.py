@@ -27,10 +27,9 @@ def tools() -> Iterator[Any]:
     """The tools' modules, which import each other by their plain names."""
     sys.path.insert(0, str(TOOLS))
     import demo_corpus
-    import demo_report
     import train_demo_model
 
-    yield {"corpus": demo_corpus, "report": demo_report, "train": train_demo_model}
+    yield {"corpus": demo_corpus, "train": train_demo_model}
     sys.path.remove(str(TOOLS))
 
 
@@ -52,13 +51,6 @@ def tokenizer() -> Tokenizer:
 def test_the_folder_is_small_and_its_files_are_those_of_the_record(tools: Any, record: dict[str, Any]) -> None:
     assert sum(path.stat().st_size for path in DEMO.iterdir()) < 8_000_000
     assert tools["train"].file_hashes(DEMO) == record["sha256"]
-
-
-def test_the_page_shows_the_record(tools: Any, record: dict[str, Any]) -> None:
-    report = tools["report"]
-    page = report.PAGE.read_text(encoding="utf-8")
-    assert report.insert(page, report.render(record)) == page, "run python tools/demo_report.py"
-    assert f"**{record['held_out_perplexity']}**" in page
 
 
 def test_it_is_a_llama_3_2(tokenizer: Tokenizer) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import load_custom_kernels
-from benchmarks.sampling import DOCUMENT, document_with_tables
 from llama3.decode_state import DecodeState
 from llama3.errors import UserError
 from llama3.ops import sampling
@@ -222,9 +221,3 @@ def test_fake_implementations() -> None:
 )
 def test_blocks_per_row(batch: int, vocab_size: int, largest: int, filtered: bool, expected: int) -> None:
     assert sampling.choose_blocks_per_row(batch, vocab_size, 132, largest, filtered) == expected
-
-
-def test_the_documented_times_are_those_of_the_results() -> None:
-    text = DOCUMENT.read_text()
-    assert "| top-p 0.9" in text
-    assert document_with_tables(text) == text, "run python -m benchmarks.sampling --docs"

@@ -1,0 +1,64 @@
+"""The ops by themselves: products by `python -m benchmarks.ops`, elementwise kernels, attention over prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.ops import floor_us
+from benchmarks.sections import NOTHING
+from benchmarks.text_table import markdown_table
+from tools.figures.provider import Results
+
+KERNELS = {"rms_norm": "RMSNorm", "silu_mul": "SiLU-and-multiply", "rope_append": "rotate and append"}
+LIBRARIES = ("cuDNN", "FlashAttention 2")
+
+
+def sections(results: Results) -> dict[str, str]:
+    record = results["h200"]
+    return {
+        "ops-products": products(record),
+        "ops-elementwise": elementwise(record.get("elementwise", [])),
+        "ops-prefill-attention": prefill_attention(record.get("prefill_attention", [])),
+    }
+
+
+def products(record: dict[str, Any]) -> str:
+    """A line a projection, a column a number of tokens."""
+    cells = {}
+    for row in record["rows"]:
+        cells[f"{row['model'].upper()} {row['op']}", row["tokens"]] = _timed(
+            row["us"], floor_us(row, record) / row["us"]
+        )
+    return _by_tokens("µs (share of the floor)", cells)
+
+
+def elementwise(rows: list[dict[str, Any]]) -> str:
+    """A line a kernel and model, a column a number of tokens."""
+    cells = {}
+    for row in sorted(rows, key=lambda row: (row["model"], list(KERNELS).index(row["kernel"]))):
+        label = f"{row['model'].upper()} {KERNELS[row['kernel']]}"
+        cells[label, row["tokens"]] = _timed(row["us"], row["of_floor"])
+    return _by_tokens("µs (share of the read-bandwidth floor)", cells)
+
+
+def prefill_attention(rows: list[dict[str, Any]]) -> str:
+    """A line a batch of prompts: one layer's time in each library, and what cuDNN's first call of a shape costs."""
+    by_batch: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        label = f"{row['model'].upper()}, {row['sequences']} × {row['length']}"
+        by_batch.setdefault(label, {})[row["library"]] = row
+    lines = []
+    for label, found in by_batch.items():
+        times = [f"{found[name]['us']} ({found[name]['tflops']})" for name in LIBRARIES]
+        lines.append([label, *times, f"{found['cuDNN']['first_call_ms']:.0f} ms"])
+    return markdown_table(["one layer, µs (TFLOP/s)", *LIBRARIES, "cuDNN's first call"], lines) if lines else NOTHING
+
+
+def _timed(us: float, share: float) -> str:
+    return f"{us:.1f} ({share:.0%})"
+
+
+def _by_tokens(title: str, cells: dict[tuple[str, int], str]) -> str:
+    counts = sorted({tokens for _, tokens in cells})
+    lines = [[label, *(cells.get((label, n), "") for n in counts)] for label in dict.fromkeys(key[0] for key in cells)]
+    return markdown_table([title, *(f"{n} tokens" for n in counts)], lines) if lines else NOTHING
