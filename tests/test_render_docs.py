@@ -84,6 +84,7 @@ def test_a_changed_result_is_named_then_shown_on_pages_and_in_the_plot(copy: Pat
         ("results/ops/h200.json", ["rows", 0, "us"], 4321.0, "docs/cuda-ops.md", "| 4321.0 ("),
         ("results/ops/h200.json", ["elementwise", 0, "us"], 4321.0, "docs/cuda-ops.md", "| 4321.0 ("),
         ("results/ops/h200.json", ["prefill_attention", 0, "us"], 4321, "docs/cuda-ops.md", "| 4321 ("),
+        ("results/decode_step/development.json", ["rows", 1, "us_per_token"], 1.5, "docs/decode-step.md", "| 1.5 "),
         ("results/sampling/h200.json", ["reference", 0, "us"], 4321.0, "docs/sampling.md", "| 4321 "),
         ("models/demo/training.json", ["held_out_loss"], 4.321, "docs/demo-model.md", "| **4.321** "),
         ("results/decode_attn/ncu.json", ["rows", 0, "us"], 4321.0, "docs/decode-attention.md", "| 4321.00 "),

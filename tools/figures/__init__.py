@@ -4,12 +4,13 @@ For a new set, write a module beside these and add a line to PROVIDERS; then a d
 """
 
 from benchmarks.record import Record
-from tools.figures import decode_attn, demo_model, model, ops, sampling
+from tools.figures import decode_attn, decode_step, demo_model, model, ops, sampling
 from tools.figures.provider import Provider
 
 PROVIDERS = (
     Provider("results/model/*.json", model.sections, model.plots, Record.load),
     Provider("results/decode_attn/*.json", decode_attn.sections, decode_attn.plots),
+    Provider("results/decode_step/*.json", decode_step.sections),
     Provider("results/ops/*.json", ops.sections),
     Provider("results/sampling/*.json", sampling.sections),
     Provider("models/demo/training.json", demo_model.sections),
