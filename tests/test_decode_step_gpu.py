@@ -43,7 +43,6 @@ CONFIGS = {
     "d64 ratio 8": config(512, 1024, 16, 2, 64),
     "d128 ratio 3, untied": config(1024, 2048, 6, 2, 128, tied=False),
     "d128 ratio 4": config(1024, 2048, 8, 2, 128),
-    "d128 ratio 6": config(1024, 2048, 12, 2, 128),
     "columns of 3 and 7 units": config(768, 3584, 32, 8, 64),
     "as 8B: 8 kv heads, columns of 2 units": config(4096, 14336, 32, 8, 128),
 }

@@ -72,7 +72,7 @@ struct Attention {
 
     __device__ static int head_lane(int g) { return g / kScores; }  // bits 0-1 of the lanes that hold head g
 
-    // kTiles times eight tokens, of which the first count[0] and count[1] in the order (load, member) exist.
+    // Twice eight tokens, of which the first count[0] and count[1] in the order (load, member) exist.
     __device__ __forceinline__ void update(const uint4 (&k)[kTiles][kLoads], uint4 (&v)[kTiles][kLoads],
                                            const int (&count)[kTiles]) {
         float scores[kTiles][kLoads * GP];
@@ -299,7 +299,7 @@ __device__ __forceinline__ void attention(const Params& p, const Step& step, int
     const uint32_t use = step.first_use + layer;
     const int group =
         p.num_heads / p.num_kv_heads;  // below GP: the last heads of the scratch are never written, nor used
-    const bool has_new = work.split == work.num_splits - 1;  // the new token is in the last tile
+    const bool has_new = work.split == 0;
 
     PROFILE_BEGIN(q_began);
     const uint32_t* new_k = p.qkv + (p.num_heads + work.head) * D;
@@ -320,37 +320,34 @@ __device__ __forceinline__ void attention(const Params& p, const Step& step, int
     constexpr int kLoads = Attention<D, GP>::kLoads, kPerLoad = Attention<D, GP>::kPerLoad;
     constexpr uint32_t kTileBytes = kTileTokens * D * 2;
     const uint32_t lane_offset = (warp * 8 + state.member) * (D * 2) + state.column * 16;
-    constexpr int kTiles = Attention<D, GP>::kTiles, kInChunk = tiles_per_chunk(D);
-    const int new_tile = step.position / kTileTokens, new_row = step.position % kTileTokens;
-    uint32_t chunk = 0;
+    constexpr int kTiles = Attention<D, GP>::kTiles;
+    // The new token is one more tile, of one token, before the others.
 #pragma unroll 1
-    for (int first = work.tile_begin; first < work.tile_end; first += kTiles) {
+    for (int first = work.tile_begin - (has_new ? 1 : 0); first < work.tile_end; first += kTiles) {
         uint4 k[kTiles][kLoads] = {}, v[kTiles][kLoads] = {};
         int count[kTiles];
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-            const int tile = first + t, in_chunk = (tile - work.tile_begin) % kInChunk;
-            count[t] = tile < work.tile_end ? step.position + 1 - tile * kTileTokens - warp * 8 : 0;
-            if (tile >= work.tile_end) continue;
-            if (in_chunk == 0) chunk = ring.acquire();
-            const uint32_t k_tile = chunk + 2 * in_chunk * kTileBytes, v_tile = k_tile + kTileBytes;
-            if (tile == new_tile && new_row / 8 == warp) {  // the new token joins the others in shared memory
-                if (lane < D / 8) {
-                    store_shared(k_tile + new_row * (D * 2) + lane * 16,
-                                 reinterpret_cast<const uint4*>(scratch.k)[lane]);
-                    store_shared(v_tile + new_row * (D * 2) + lane * 16,
-                                 reinterpret_cast<const uint4*>(scratch.v)[lane]);
-                    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // before the slot's next copy
-                }
-                __syncwarp();
+            const int tile = first + t;
+            if (tile < work.tile_begin) {
+                k[t][0] = reinterpret_cast<const uint4*>(scratch.k)[state.column];
+                v[t][0] = reinterpret_cast<const uint4*>(scratch.v)[state.column];
+                count[t] = warp == 0 ? 1 : 0;
+            } else if (tile < work.tile_end) {
+                uint32_t chunk = ring.acquire(kTileBytes) + lane_offset;
+#pragma unroll
+                for (int i = 0; i < kLoads; ++i) k[t][i] = load_shared(chunk + i * kPerLoad * (D * 2));
+                chunk = ring.acquire(kTileBytes) + lane_offset;
+#pragma unroll
+                for (int i = 0; i < kLoads; ++i) v[t][i] = load_shared(chunk + i * kPerLoad * (D * 2));
+                ring.release(lane);
+                ring.release(lane);
+                count[t] = step.position - tile * kTileTokens - warp * 8;
+            } else {
+                count[t] = 0;
             }
-#pragma unroll
-            for (int i = 0; i < kLoads; ++i) k[t][i] = load_shared(k_tile + lane_offset + i * kPerLoad * (D * 2));
-#pragma unroll
-            for (int i = 0; i < kLoads; ++i) v[t][i] = load_shared(v_tile + lane_offset + i * kPerLoad * (D * 2));
-            if (in_chunk == kInChunk - 1 || tile == work.tile_end - 1) ring.release(lane);
         }
-        if (count[0] > 0) state.update(k, v, count);
+        if (count[0] > 0 || count[kTiles - 1] > 0) state.update(k, v, count);
     }
     PROFILE_END(shared, 16, tiles_began);
 

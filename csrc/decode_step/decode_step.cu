@@ -1,13 +1,12 @@
 // A whole decode step of batch 1 in one kernel, or several steps in a row.
 //
 // Grid: one block a multiprocessor, all resident at once (cooperative launch). Block: 8 math warps, one epilogue warp,
-// three loader threads. Every block owns some rows of every projection. Blocks exchange activations as tagged words
+// one loader thread. Every block owns some rows of every projection. Blocks exchange activations as tagged words
 // (packet.cuh); there is no other synchronisation between them, and nothing is ever reset.
 //
-//   loaders   weights and cached k, v, in the order of use, into the ring         never waits for an activation
+//   loader    weights and cached k, v, in the order of use, into the ring         never waits for an activation
 //   math      await x; multiply chunks; partial rows to shared memory             per layer: qkv, attention, o,
 //   gate-up, down epilogue  sum partial rows; norm scale, residual, silu, argmax; publish
-#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -34,53 +33,96 @@ __device__ __forceinline__ const bf16* weight_of(const Params& p, const LayerPoi
     }
 }
 
-__device__ __forceinline__ void load_rows(const Params& p, const LayerPointers* layers, int op, int layer,
-                                          RingLoader& loader) {
-    const Linear& linear = p.linear[op];
-    const Rows rows = rows_of_block(linear, op, layer, blockIdx.x, gridDim.x);
-    const uint32_t row_bytes = linear.k * 2, chunk_bytes = linear.chunk_rows * row_bytes,
-                   bytes = rows.count * row_bytes;
-    const char* source =
-        reinterpret_cast<const char*>(weight_of(p, layers, op, layer)) + static_cast<int64_t>(rows.begin) * row_bytes;
-    loader.run((rows.count + linear.chunk_rows - 1) / linear.chunk_rows,
-               [=](uint32_t c, uint32_t target, uint32_t barrier) {
-                   const uint32_t begin = c * chunk_bytes, size = min(chunk_bytes, bytes - begin);
-                   common::mbarrier_expect(barrier, size);
-                   copy_in(target, source + begin, size, barrier);
-               });
+// A block's rows of one projection as bytes.
+struct Slab {
+    const char* source;
+    int bytes;
+};
+
+__device__ __forceinline__ Slab slab_of(const Params& p, const LayerPointers* layers, int op, int layer) {
+    const Rows rows = rows_of_block(p.linear[op], op, layer, blockIdx.x, gridDim.x);
+    const int row_bytes = p.linear[op].k * 2;
+    return {
+        reinterpret_cast<const char*>(weight_of(p, layers, op, layer)) + static_cast<int64_t>(rows.begin) * row_bytes,
+        rows.count * row_bytes};
 }
 
-template <int D>
+// Brings weights into L2 that the ring has no room for yet, at the pace of memory, so that memory does not rest while
+// the blocks wait for each other. It walks the same slabs as the loader, `lead` bytes ahead of it.
+struct Prefetcher {
+    const Params& p;
+    const LayerPointers* layers;
+    int item = -1, lead = 0;
+    Slab left{nullptr, 0};
+    uint32_t last = 0;
+
+    __device__ __forceinline__ void advance(int bytes) {
+        while (bytes >= left.bytes && !done()) {
+            bytes -= left.bytes;
+            ++item;
+            const int in_step = item % (4 * p.num_layers + 1), layer = in_step >> 2;
+            if (!done())
+                left = slab_of(p, layers, layer == p.num_layers ? static_cast<int>(kHead) : in_step & 3, layer);
+        }
+        left.source += bytes;
+        left.bytes -= bytes;
+    }
+    __device__ __forceinline__ bool done() const { return item >= p.num_steps * (4 * p.num_layers + 1); }
+
+    // The loader has requested the next `bytes`.
+    __device__ __forceinline__ void passed(int bytes) {
+        const int beyond = max(bytes - lead, 0);
+        lead -= bytes - beyond;
+        if (beyond > 0) advance(beyond);
+    }
+    __device__ __forceinline__ void idle(bool ring_is_full) {
+        constexpr int kPiece = 16 * 1024;
+        if (lead >= p.max_prefetch || !(ring_is_full || lead > 0) || done()) return;
+        const uint32_t now = clock();
+        if (now - last < p.prefetch_cycles) return;
+        last = now;
+        if (left.bytes == 0) advance(0);
+        const int bytes = min(left.bytes, kPiece);
+        if (bytes == 0) return;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(left.source), "r"(bytes) : "memory");
+        lead += bytes;
+        advance(bytes);
+    }
+};
+
+template <typename Idle>
+__device__ __forceinline__ void load_rows(const Params& p, const LayerPointers* layers, int op, int layer,
+                                          RingLoader& ring, Prefetcher& ahead, Idle&& idle) {
+    const int chunk_bytes = p.linear[op].chunk_rows * p.linear[op].k * 2;
+    Slab slab = slab_of(p, layers, op, layer);
+    for (; slab.bytes > 0; slab.source += chunk_bytes, slab.bytes -= chunk_bytes) {
+        const int bytes = min(chunk_bytes, slab.bytes);
+        ring.push(slab.source, bytes, chunk_bytes, idle);
+        ahead.passed(bytes);
+        ahead.idle(false);
+    }
+}
+
+template <int D, typename Idle>
 __device__ __forceinline__ void load_context(const Params& p, const Step& step, int layer, int64_t first_block,
-                                             RingLoader& loader) {
+                                             RingLoader& ring, Idle&& idle) {
     const AttentionWork work = attention_of_block(p, step.position, blockIdx.x);
-    constexpr int kTileBytes = kTileTokens * D * 2, kTiles = tiles_per_chunk(D);
-    const auto cached_bytes = [&](int tile) {  // 0 where only the new token is in the tile
-        return tile < work.tile_end ? min(kTileTokens, step.position - tile * kTileTokens) * (D * 2) : 0;
-    };
-    loader.run(
-        (work.tile_end - work.tile_begin + kTiles - 1) / kTiles, [&](uint32_t c, uint32_t target, uint32_t barrier) {
-            const int first = work.tile_begin + static_cast<int>(c) * kTiles;
-            int total = 0;
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t) total += 2 * cached_bytes(first + t);
-            common::mbarrier_expect(barrier, total);
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t) {
-                const int bytes = cached_bytes(first + t);
-                if (bytes == 0) continue;
-                const int64_t source = layer * p.stride_cache_layer +
-                                       ((first_block + first + t) * p.num_kv_heads + work.head) * (kTileTokens * D);
-                copy_in(target + 2 * t * kTileBytes, p.k_cache + source, bytes, barrier);
-                copy_in(target + (2 * t + 1) * kTileBytes, p.v_cache + source, bytes, barrier);
-            }
-        });
+    constexpr uint32_t kTileBytes = kTileTokens * D * 2;
+    for (int tile = work.tile_begin; tile < work.tile_end; ++tile) {
+        const int64_t source =
+            layer * p.stride_cache_layer + ((first_block + tile) * p.num_kv_heads + work.head) * (kTileTokens * D);
+        const uint32_t bytes = min(kTileTokens, step.position - tile * kTileTokens) * D * 2;
+        ring.push(p.k_cache + source, bytes, kTileBytes, idle);
+        ring.push(p.v_cache + source, bytes, kTileBytes, idle);
+    }
 }
 
 template <int D>
 __device__ __forceinline__ void run_loader(const Params& p, const SharedState& shared, const LayerPointers* layers,
-                                           RingLoader loader) {
+                                           RingLoader ring) {
     const int64_t first_block = static_cast<int64_t>(*p.slot) * p.blocks_per_slot;
+    Prefetcher ahead{p, layers};
+    const auto idle = [&ahead](bool ring_is_full) { ahead.idle(ring_is_full); };
     for (int index = 0; index < p.num_steps; ++index) {
         const Step step = make_step(p, shared, index);
         // The ring's barriers order this after the previous step's layers on this block, and these fences carry what
@@ -90,8 +132,8 @@ __device__ __forceinline__ void run_loader(const Params& p, const SharedState& s
 #pragma unroll 1
         for (int i = 0; i <= 4 * p.num_layers; ++i) {
             const int layer = i >> 2, op = layer == p.num_layers ? static_cast<int>(kHead) : i & 3;
-            if (op == kO) load_context<D>(p, step, layer, first_block, loader);
-            load_rows(p, layers, op, layer, loader);
+            if (op == kO) load_context<D>(p, step, layer, first_block, ring, idle);
+            load_rows(p, layers, op, layer, ring, ahead, idle);
         }
     }
 }
@@ -169,35 +211,28 @@ __global__ void __launch_bounds__(kThreads, 1) decode_step_kernel(const __grid_c
         }
         common::fence_barrier_init();
     }
-    if (threadIdx.x < 32) shared.profile[threadIdx.x] = 0;
+    for (int i = threadIdx.x; i < 32; i += kThreads) shared.profile[i] = 0;
     for (int i = threadIdx.x; i < p.num_layers * int(sizeof(LayerPointers) / 8); i += kThreads)
         reinterpret_cast<uint64_t*>(layers)[i] = reinterpret_cast<const uint64_t*>(p.layers)[i];
     __syncthreads();
 
     const int warp = threadIdx.x / 32;
-    // Worked out in each role: what is worked out before them has to be kept in the registers that all roles have.
-    const auto view = [&] {
-        const uint32_t base = pinned(common::shared_address(memory));
-        const auto at = [&](const void* p) {
-            return base + static_cast<uint32_t>(static_cast<const unsigned char*>(p) - memory);
-        };
-        return Ring{at(ring), at(shared.ring.full), at(shared.ring.empty), static_cast<uint32_t>(p.num_slots),
-                    static_cast<uint32_t>(p.slot_bytes)};
-    };
+    const uint32_t full = common::shared_address(shared.ring.full), empty = common::shared_address(shared.ring.empty);
+    const uint32_t size = p.ring_bytes;
     PROFILE_BEGIN(kernel_began);
     // Registers move from the helpers' warp group to the math warps' two: 128 * 88 + 256 * 208 = 384 * 168.
     if (warp < kMathWarps) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
-        run_math<D, GP>(p, layers, RingReader{view()}, after, warp, pinned(threadIdx.x % 32), shared);
+        run_math<D, GP>(p, layers, RingReader{common::shared_address(ring), full, empty, size}, after, warp,
+                        pinned(threadIdx.x % 32), shared);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
-        if (warp == kEpilogueWarp) {
-            run_epilogue(p, pinned(threadIdx.x % 32), shared);
-        } else if (threadIdx.x % 32 == 0) {
+        if (warp == kEpilogueWarp) run_epilogue(p, pinned(threadIdx.x % 32), shared);
+        if (threadIdx.x == kLoaderWarp * 32)
             run_loader<D>(
                 p, shared, layers,
-                RingLoader(view(), &shared.ring.exchanging, p.max_streaming, p.max_exchanging, warp - kLoaderWarp));
-        }
+                RingLoader{common::shared_address(ring), full, empty, size, uint32_t(p.max_streaming),
+                           uint32_t(p.max_exchanging), shared.ring.began, &shared.ring.exchanging, shared.profile});
     }
 #ifdef DECODE_STEP_PROFILE
     if (warp == 0) PROFILE_END(shared, 21, kernel_began);
@@ -222,7 +257,7 @@ static const void* kernel_for(int head_dim, int group) {
 #define KERNEL(D, GP) \
     if (head_dim == D && padded == GP) return reinterpret_cast<const void*>(decode_step_kernel<D, GP>);
     KERNEL(64, 4)
-    KERNEL(128, 4) KERNEL(64, 8) KERNEL(128, 8)
+    KERNEL(128, 4) KERNEL(64, 8)
 #undef KERNEL
         throw std::runtime_error("decode_step: no kernel for head_dim " + std::to_string(head_dim) + ", group " +
                                  std::to_string(group));
@@ -230,14 +265,11 @@ static const void* kernel_for(int head_dim, int group) {
 
 void launch(Params params, int head_dim, int grid, int max_smem_bytes, void* stream) {
     const int group = params.num_heads / params.num_kv_heads;
-    params.slot_bytes = kContextChunkBytes;
-    for (const Linear& linear : params.linear)
-        params.slot_bytes = std::max(params.slot_bytes, linear.chunk_rows * linear.k * 2);
-    const int fixed_bytes = fixed_smem_bytes(params.num_layers, head_dim, group);
-    params.num_slots = std::min(kRingSlots, (max_smem_bytes - fixed_bytes) / params.slot_bytes);
-    if (params.num_slots < 3) throw std::runtime_error("decode_step: too little shared memory for a ring of weights");
+    const int available = max_smem_bytes - fixed_smem_bytes(params.num_layers, head_dim, group);
+    params.ring_bytes =
+        params.ring_bytes > 0 && params.ring_bytes < available ? params.ring_bytes : available / 128 * 128;
     const void* kernel = kernel_for(head_dim, group);
-    const int smem_bytes = fixed_bytes + params.num_slots * params.slot_bytes;
+    const int smem_bytes = max_smem_bytes - available + params.ring_bytes;
     CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
     void* arguments[] = {&params};
     CHECK_CUDA(cudaLaunchCooperativeKernel(kernel, dim3(grid), dim3(kThreads), arguments, smem_bytes,

@@ -50,8 +50,6 @@ __device__ __forceinline__ void finish_op(const Params& p, int op, int layer, co
     const int batch_rows = kBatchRows * (kMathWarps / linear.k_slices);
     const bool adds = op == kO || op == kDown;
     Candidate best{0.f, -1};
-    Sampler sampler{};
-    if (op == kHead && p.draws) sampler = Sampler::load(p, step.position + 1);
     for (int first = 0; first < rows.count; first += batch_rows) {
         const uint32_t buffer = batch_count % kBatchBuffers, round = batch_count / kBatchBuffers;
         const Batch& batch = shared.batch[buffer];
@@ -86,7 +84,7 @@ __device__ __forceinline__ void finish_op(const Params& p, int op, int layer, co
                 publish(p.qkv + row, value, use);
             } else if (op == kHead) {
                 if (p.logits != nullptr) __stcs(p.logits + row, value);
-                if (p.draws) best = better(best, {sampler.score(value, row), row});
+                if (p.draws) best = better(best, {Sampler::load(p, step.position + 1).score(value, row), row});
             } else {
                 if (r != lane) added = residual(p, op, layer, step, token, row);
                 publish((op == kO ? p.x_mlp : p.x_attn) + packet_index(row), added + value, use);

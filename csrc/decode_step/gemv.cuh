@@ -138,7 +138,7 @@ __device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInp
     constexpr int kRows = rows_per_warp(U), kChunks = kBatchRows / kRows;
     const int slice = warp % linear.k_slices, group = warp / linear.k_slices;
     const int chunk_rows = pinned(linear.chunk_rows), num_chunks = (num_rows + chunk_rows - 1) / chunk_rows;
-    const uint32_t row_bytes = pinned(linear.k * 2);
+    const uint32_t row_bytes = pinned(linear.k * 2), chunk_bytes = chunk_rows * row_bytes;
     const uint32_t lane_offset = group * kRows * row_bytes + slice * U * (kUnit * 2) + lane * 16;
 
     PROFILE_BEGIN(op_began);
@@ -159,7 +159,7 @@ __device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInp
     bool here = false;
     const auto load_chunk = [&](uint4(&w)[kRows][U]) {
         PROFILE_BEGIN(wait_began);
-        const uint32_t chunk = ring.acquire(here) + lane_offset;
+        const uint32_t chunk = ring.acquire(chunk_bytes, here) + lane_offset;
         PROFILE_END(shared, 5 + op, wait_began);
 #pragma unroll
         for (int r = 0; r < kRows; ++r)

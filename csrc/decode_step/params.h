@@ -13,17 +13,16 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kMathWarps = 8;
 constexpr int kMathThreads = kMathWarps * 32;
-constexpr int kEpilogueWarp = kMathWarps;    // sums the math warps' partial rows and publishes them
-constexpr int kLoaderWarp = kMathWarps + 1;  // the first of kLoaders, which stream weights and cached keys and values
-constexpr int kLoaders = 3;
-constexpr int kThreads = (kMathWarps + 1 + kLoaders) * 32;
+constexpr int kEpilogueWarp = kMathWarps;        // sums the math warps' partial rows and publishes them
+constexpr int kLoaderWarp = kMathWarps + 1;      // streams weights and cached keys and values
+constexpr int kThreads = (kMathWarps + 4) * 32;  // two warps idle: registers move between groups of four warps
 
 constexpr int kTileTokens = 64;                  // one cache block of one head is one tile
 constexpr int kUnit = 256;                       // columns that a warp reads of a row with one 16-byte load a lane
 constexpr int kUnitChoices[] = {1, 2, 3, 4, 7};  // units of a row that one warp may own: its slice of x is in registers
 constexpr int kBatchRows = 16;                   // rows that a warp sums across its lanes at once
-constexpr int kBatchBuffers = 3;                 // batches of partial rows in flight between math warps and epilogue
-constexpr int kRingSlots = 32;                   // chunks in the ring at most
+constexpr int kBatchBuffers = 4;                 // batches of partial rows in flight between math warps and epilogue
+constexpr int kRingSlots = 32;                   // chunks in flight at most
 constexpr int kMaxSplits = 16;                   // context splits of one kv head
 constexpr int kMaxGroup = 8;                     // query heads of one kv head
 
@@ -58,7 +57,8 @@ struct Params {
     int num_layers, hidden_size, num_heads, num_kv_heads, vocab_size;
     float rms_norm_eps, softmax_scale_log2;  // log2(e) / sqrt(D)
     Linear linear[kNumOps];
-    int num_slots, slot_bytes, max_streaming, max_exchanging, exchange_chunks, max_splits, single_split_tiles;
+    int ring_bytes, max_streaming, max_exchanging, exchange_chunks, max_prefetch, prefetch_cycles, max_splits,
+        single_split_tiles;
 
     // Decode state of the one row: where the step reads its input and leaves its output.
     int64_t* token_id;                                   // [1]
@@ -92,32 +92,27 @@ struct Rows {
 __host__ __device__ inline Rows rows_of_block(const Linear& linear, int op, int layer, int block, int grid) {
     const int seat = (block + layer * 37 + op * 29) % grid;
     const int pieces = linear.rows / linear.row_unit;
-    const int begin = static_cast<uint32_t>(seat) * pieces / grid;
-    const int end = static_cast<uint32_t>(seat + 1) * pieces / grid;
+    const int begin = static_cast<int>(static_cast<int64_t>(seat) * pieces / grid);
+    const int end = static_cast<int>(static_cast<int64_t>(seat + 1) * pieces / grid);
     return {begin * linear.row_unit, (end - begin) * linear.row_unit};
 }
 
-// Tiles of one head that one chunk holds, K and V each.
-__host__ __device__ constexpr int tiles_per_chunk(int head_dim) {
-    return 128 / head_dim;
-}
-constexpr int kContextChunkBytes = 2 * kTileTokens * 128 * 2;
-
-// The tokens that a block attends to, the new one included: tiles [tile_begin, tile_end) of one kv head; head < 0:
-// none.
+// The cached tokens that a block attends to: tiles [tile_begin, tile_end) of one kv head; head < 0: none.
+// The new token belongs to split 0.
 struct AttentionWork {
     int head, split, num_splits, tile_begin, tile_end;
 };
 
 __host__ __device__ inline AttentionWork attention_of_block(const Params& p, int position, int block) {
-    const int tiles = position / kTileTokens + 1;
+    const int tiles = (position + kTileTokens - 1) / kTileTokens;
     int splits = 1;
     if (tiles > p.single_split_tiles)
         while (splits < p.max_splits && 4 * splits <= tiles) splits *= 2;  // two tiles a split, or more
     // The same blocks in every layer: they keep the instructions of this part in their cache.
     if (block >= p.num_kv_heads * splits) return {-1, 0, splits, 0, 0};
     const int head = block / splits, split = block % splits;
-    return {head, split, splits, split * tiles / splits, (split + 1) * tiles / splits};
+    return {head, split, splits, static_cast<int>(static_cast<int64_t>(split) * tiles / splits),
+            static_cast<int>(static_cast<int64_t>(split + 1) * tiles / splits)};
 }
 
 // How the columns of a row of length k are dealt to warps; units 0 if that cannot be done.

@@ -20,9 +20,11 @@ from llama3.rope import RopeTable
 from llama3.weights import ModelWeights
 
 OPS = ("qkv", "o", "gate_up", "down", "head")  # the order of decode_step::Op
-# Chunks of about 32 KB that a multiprocessor requests ahead of their arrival: in the middle of a long projection, and
-# from EXCHANGE_CHUNKS before its end until the next one's input is there.
-MAX_STREAMING, MAX_EXCHANGING, EXCHANGE_CHUNKS = 4, 2, 3
+# Bytes that a multiprocessor requests ahead of their arrival: in the middle of a long projection, and from
+# EXCHANGE_CHUNKS before its end until the next one's input is there. Bytes that it may bring into L2 while its ring is
+# full, 16 KB each PREFETCH_CYCLES. Measured on one H200 (docs/log-decode-step.md).
+MAX_STREAMING, MAX_EXCHANGING, EXCHANGE_CHUNKS = 128 * 1024, 48 * 1024, 3
+MAX_PREFETCH, PREFETCH_CYCLES = 128 * 1024, 850
 SINGLE_SPLIT_TILES = 4  # tiles of 64 tokens that one block attends to alone: a second one costs an exchange
 MIN_RING_BYTES = 96 * 1024  # below, memory would idle at every exchange between blocks
 
@@ -159,6 +161,8 @@ class DecodeStep:
             "max_streaming": MAX_STREAMING,
             "max_exchanging": MAX_EXCHANGING,
             "exchange_chunks": EXCHANGE_CHUNKS,
+            "max_prefetch": MAX_PREFETCH,
+            "prefetch_cycles": PREFETCH_CYCLES,
             "max_splits": max_splits,
             "single_split_tiles": SINGLE_SPLIT_TILES,
             "num_stop_ids": state.max_stop_ids,
