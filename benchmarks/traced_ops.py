@@ -52,7 +52,7 @@ class TracedOps:
             return f"layer {self._layer}/attention"
         if name == "norm_linear" and any(id(argument) == self._head for argument in arguments):
             return "head"
-        return name
+        return "sample" if name == "sample_and_place" else name
 
 
 @contextmanager
