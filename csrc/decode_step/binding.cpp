@@ -11,31 +11,32 @@ PYBIND11_MODULE(decode_step, module) {
     module.doc() = "A whole batch-1 decode step in one kernel; see llama3/ops/decode_step.py";
     py::class_<Params> params(module, "Params", py::module_local());
     params.def(py::init([] { return Params{}; }));
-#define NUMBER(name) params.def_readwrite(#name, &Params::name);
+#define NUMBER(name) params.def_readwrite(#name, &Params::name)
 #define POINTER(name)                                                               \
     params.def_property(                                                            \
         #name, [](const Params& p) { return reinterpret_cast<uintptr_t>(p.name); }, \
-        [](Params& p, uintptr_t address) { p.name = reinterpret_cast<decltype(p.name)>(address); });
-    POINTER(layers)
-    POINTER(embed) POINTER(final_norm) POINTER(lm_head) POINTER(cos) POINTER(sin) POINTER(k_cache) POINTER(v_cache)
-        POINTER(token_id) POINTER(position) POINTER(slot) POINTER(stop_ids) POINTER(first_stop_position) POINTER(
-            last_position) POINTER(temperature) POINTER(seed) POINTER(request) POINTER(sample) POINTER(logits)
-            POINTER(drawn) POINTER(x_attn) POINTER(x_mlp) POINTER(qkv) POINTER(attn) POINTER(act) POINTER(split_out)
-                POINTER(split_state) POINTER(candidates) POINTER(steps_done) POINTER(profile) NUMBER(stride_cache_layer)
-                    NUMBER(blocks_per_slot) NUMBER(max_positions) NUMBER(num_layers) NUMBER(hidden_size)
-                        NUMBER(num_heads) NUMBER(num_kv_heads) NUMBER(vocab_size) NUMBER(rms_norm_eps)
-                            NUMBER(softmax_scale_log2) NUMBER(ring_bytes) NUMBER(max_streaming) NUMBER(max_exchanging)
-                                NUMBER(exchange_chunks) NUMBER(max_prefetch) NUMBER(prefetch_cycles) NUMBER(max_splits)
-                                    NUMBER(single_split_tiles) NUMBER(num_stop_ids) NUMBER(num_steps) NUMBER(draws)
+        [](Params& p, uintptr_t address) { p.name = reinterpret_cast<decltype(p.name)>(address); })
+    // clang-format off
+    POINTER(layers); POINTER(embed); POINTER(final_norm); POINTER(lm_head); POINTER(cos); POINTER(sin);
+    POINTER(k_cache); POINTER(v_cache); POINTER(token_id); POINTER(position); POINTER(slot); POINTER(stop_ids);
+    POINTER(first_stop_position); POINTER(last_position); POINTER(temperature); POINTER(seed); POINTER(request);
+    POINTER(sample); POINTER(logits); POINTER(drawn); POINTER(x_attn); POINTER(x_mlp); POINTER(qkv); POINTER(attn);
+    POINTER(act); POINTER(split_out); POINTER(split_state); POINTER(candidates); POINTER(steps_done);
+    POINTER(profile);
+    NUMBER(stride_cache_layer); NUMBER(blocks_per_slot); NUMBER(max_positions); NUMBER(num_layers);
+    NUMBER(hidden_size); NUMBER(num_heads); NUMBER(num_kv_heads); NUMBER(vocab_size); NUMBER(rms_norm_eps);
+    NUMBER(softmax_scale_log2); NUMBER(ring_bytes); NUMBER(max_streaming); NUMBER(max_exchanging);
+    NUMBER(exchange_chunks); NUMBER(max_prefetch); NUMBER(prefetch_cycles); NUMBER(max_splits);
+    NUMBER(single_split_tiles); NUMBER(num_stop_ids); NUMBER(num_steps); NUMBER(draws);
+    // clang-format on
 #undef NUMBER
 #undef POINTER
-                                        params.def("set_linear", [](Params& p, int op, int rows, int k, int row_unit) {
-                                            p.linear[op] = decode_step::make_linear(rows, k, row_unit);
-                                        });
+    params.def("set_linear", [](Params& p, int op, int rows, int k, int row_unit) {
+        p.linear[op] = decode_step::make_linear(rows, k, row_unit);
+    });
 
     // Kernels for 5 to 8 query heads a kv head exist where their accumulators fit into registers.
-    module.def(
-        "max_group", [](int head_dim) { return head_dim == 64 ? decode_step::kMaxGroup : 4; }, "head_dim"_a);
+    module.def("max_group", [](int head_dim) { return head_dim == 64 ? decode_step::kMaxGroup : 4; }, "head_dim"_a);
     module.attr("max_splits") = decode_step::kMaxSplits;
     module.attr("profile_slots") = 32;
     module.def(

@@ -254,13 +254,11 @@ int fixed_smem_bytes(int num_layers, int head_dim, int group) {
 
 static const void* kernel_for(int head_dim, int group) {
     const int padded = padded_group(group);
-#define KERNEL(D, GP) \
-    if (head_dim == D && padded == GP) return reinterpret_cast<const void*>(decode_step_kernel<D, GP>);
-    KERNEL(64, 4)
-    KERNEL(128, 4) KERNEL(64, 8)
-#undef KERNEL
-        throw std::runtime_error("decode_step: no kernel for head_dim " + std::to_string(head_dim) + ", group " +
-                                 std::to_string(group));
+    if (head_dim == 64 && padded == 4) return reinterpret_cast<const void*>(decode_step_kernel<64, 4>);
+    if (head_dim == 64 && padded == 8) return reinterpret_cast<const void*>(decode_step_kernel<64, 8>);
+    if (head_dim == 128 && padded == 4) return reinterpret_cast<const void*>(decode_step_kernel<128, 4>);
+    throw std::runtime_error("decode_step: no kernel for head_dim " + std::to_string(head_dim) + ", group " +
+                             std::to_string(group));
 }
 
 void launch(Params params, int head_dim, int grid, int max_smem_bytes, void* stream) {
