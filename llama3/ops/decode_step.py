@@ -22,7 +22,7 @@ from llama3.weights import ModelWeights
 OPS = ("qkv", "o", "gate_up", "down", "head")  # the order of decode_step::Op
 # Bytes that a multiprocessor requests ahead of their arrival: in the middle of a long projection, and from
 # EXCHANGE_CHUNKS before its end until the next one's input is there. Bytes that it may bring into L2 while its ring is
-# full, 16 KB each PREFETCH_CYCLES. Measured on one H200 (docs/log-decode-step.md).
+# full, 16 KB each PREFETCH_CYCLES. Measured on one H200 (docs/log.md).
 MAX_STREAMING, MAX_EXCHANGING, EXCHANGE_CHUNKS = 128 * 1024, 48 * 1024, 3
 MAX_PREFETCH, PREFETCH_CYCLES = 128 * 1024, 850
 SINGLE_SPLIT_TILES = 4  # tiles of 64 tokens that one block attends to alone: a second one costs an exchange
