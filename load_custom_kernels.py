@@ -157,6 +157,15 @@ def _sources(family: str) -> list[Path]:
     return sorted(p for p in (CSRC / family).iterdir() if p.suffix in (".cu", ".cpp"))
 
 
+def compiler_problem() -> str | None:
+    """Why there is no CUDA compiler to build with, in one line; None if there is one."""
+    try:
+        _nvcc()
+    except KernelBuildError as error:
+        return str(error)
+    return None
+
+
 @functools.cache
 def _nvcc() -> tuple[str, tuple[int, int], str]:
     """(path, release, full version text) of the CUDA compiler."""

@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +17,6 @@ from llama3.ops.prefill_attention import PrefillPlan
 from llama3.rope import RopeTable
 from llama3.shapes import shape_config
 
-needs_nvcc = pytest.mark.skipif(
-    not (shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")), reason="needs nvcc"
-)
 BF16 = torch.bfloat16
 
 
@@ -29,7 +25,7 @@ BF16 = torch.bfloat16
 ALIGNED, ODD = 4096, 4098
 
 
-@needs_nvcc
+@pytest.mark.nvcc
 @pytest.mark.parametrize(
     ("kernel", "arguments", "message"),
     [
@@ -49,7 +45,7 @@ def test_kernels_refuse(kernel: str, arguments: tuple, message: str) -> None:
         getattr(elementwise.library(), kernel)(*arguments, 0, False, 0)
 
 
-@needs_nvcc
+@pytest.mark.nvcc
 def test_gather_refuses() -> None:
     with pytest.raises(ValueError, match="no tokens"):
         elementwise.library().gather_cache(*(ALIGNED,) * 6, 1, 0, 2, 64, 1, 0)

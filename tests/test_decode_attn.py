@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from itertools import pairwise
 
 import pytest
@@ -10,10 +9,6 @@ import torch
 
 from llama3.errors import UserError
 from llama3.ops import decode_attn as ops
-
-needs_nvcc = pytest.mark.skipif(
-    not (shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")), reason="needs nvcc"
-)
 
 
 def arguments(**changes) -> dict:
@@ -96,7 +91,7 @@ def test_fake_ops_allocate_the_output():
     assert ops.rope_append_decode(**meta).shape == (3, 32 * 128)
 
 
-@needs_nvcc
+@pytest.mark.nvcc
 class TestLibrary:
     """The compiled library, which loads and rejects arguments without a GPU."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -19,16 +18,14 @@ from llama3.weights import empty_weights
 
 H200 = (132, 232448)  # multiprocessors, shared memory a block may have
 
-needs_compiler = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs the CUDA compiler")
 
-
-@needs_compiler
+@pytest.mark.nvcc
 @pytest.mark.parametrize("name", ["1b", "3b", "8b", "tiny"])
 def test_published_shapes_are_supported(name: str) -> None:
     assert decode_step._shape_reason(SHAPES[name], *H200) is None
 
 
-@needs_compiler
+@pytest.mark.nvcc
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -73,7 +70,7 @@ def test_wrong_tensors_are_named(name: str, message: str) -> None:
         decode_step._check(config, weights, rope, cache, DecodeState(1, 1, torch.device("cpu")))
 
 
-@needs_compiler
+@pytest.mark.nvcc
 def test_columns_that_warps_can_share() -> None:
     fits = decode_step.library().fits_columns
     assert [k for k in (256, 512, 768, 1024, 2048, 3072, 4096, 8192, 14336) if not fits(k)] == []

@@ -1,6 +1,5 @@
 """The sampling kernels without a GPU: they build, their integer orderings are right, and bad arguments are named."""
 
-import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,6 @@ from llama3.decode_state import DecodeState
 from llama3.errors import UserError
 from llama3.ops import sampling
 from llama3.sampling import SamplingTensors
-
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 # Every bf16 value in order, and the float halfway to the next: keys must follow, and come back.
 ORDERING = r"""
@@ -76,7 +73,7 @@ int main() {
 """
 
 
-@needs_nvcc
+@pytest.mark.nvcc
 def test_orderings(tmp_path: Path) -> None:
     source = tmp_path / "ordering.cu"
     source.write_text(ORDERING)
@@ -89,8 +86,6 @@ def test_orderings(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def library():
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc")
     return load_custom_kernels.load("sampling", load_custom_kernels.DEFAULT_ARCH)
 
 
@@ -115,6 +110,7 @@ def launch(library, **changes) -> None:
     library.sample(**arguments | changes)
 
 
+@pytest.mark.nvcc
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -134,9 +130,8 @@ def test_the_launcher_names_what_it_does_not_support(library, changes: dict, mes
         launch(library, **changes)
 
 
+@pytest.mark.nvcc
 def test_kernels_have_room_for_two_blocks_a_multiprocessor() -> None:
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc")
     kernels = load_custom_kernels.build(["sampling"], [load_custom_kernels.DEFAULT_ARCH])[0].kernels
     assert len(kernels) == 9
     for kernel in kernels:
