@@ -89,7 +89,9 @@ def gumbel_noise(params: SamplingTensors, positions: torch.Tensor, vocab_size: i
         params.sample[:, None],
     ]
     words = philox(counter, [params.seed[:, None] & MASK_32, params.seed[:, None] >> 32])
-    uniform = (torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocab_size].float() + 0.5) * 2**-32
+    word = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocab_size]
+    # The largest words round up to u = 1, whose noise of -inf could lose against a token that was filtered out.
+    uniform = ((word.float() + 0.5) * 2**-32).clamp(max=1 - 2**-24)
     # The winner is the smallest exponential, so precision is wanted where u is near 0: log1p(-u), not log(u).
     return -torch.log(-torch.log1p(-uniform))
 
