@@ -233,6 +233,8 @@ class LLM:
         """Run answers to their end; yields whenever new tokens have arrived."""
         if not answers:
             return
+        if not hasattr(self, "engine"):
+            raise RequestError("this LLM is closed and has given its memory back: make a new one")
         if self._busy:
             raise RequestError("this LLM is generating already: finish or close the running stream first")
         by_sequence = {answer.sequence: answer for answer in answers}

@@ -171,6 +171,8 @@ def test_closing_gives_the_memory_back() -> None:
     gc.collect()
     assert not any(reference() is not None for reference in held)
     llm.close()  # again is harmless
+    with pytest.raises(RequestError, match="this LLM is closed"):
+        llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
 
 
 BAD_PROMPTS = [
