@@ -147,7 +147,8 @@ class Runner:
     def _replay(self, num_rows: int, num_steps: int, options: StepOptions) -> torch.Tensor:
         """Token ids [num_steps, num_rows], from one launch or from captured graphs of GRAPH_STEPS steps and of one."""
         tokens = torch.empty(num_steps, num_rows, dtype=torch.int64, device=self.state.device)
-        if self._whole_step is not None and num_rows == 1 and not (options.any_filter or options.any_min_tokens):
+        # Greedy steps follow one another within one launch; other draws have the sampling kernel between the steps.
+        if self._whole_step is not None and num_rows == 1 and options.all_greedy and not options.any_min_tokens:
             self._whole_step.launch(tokens)
             return tokens
         done = 0
