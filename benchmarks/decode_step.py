@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.graph_timing import capture, replay_seconds
+from benchmarks.peaks import H200_READ_BANDWIDTH
 from llama3.config import ModelConfig
 from llama3.decode_state import DecodeState
 from llama3.forward_batch import DecodeBatch
@@ -28,7 +30,6 @@ from llama3.rope import RopeTable
 from llama3.shapes import shape_config
 from llama3.weights import LayerWeights, ModelWeights, random_weights
 
-READ_BYTES_PER_SECOND = 4.585e12  # one H200, 8 GiB by streaming loads
 TOKENS = 128  # timed in one replay
 NEVER = 1 << 30
 
@@ -91,21 +92,11 @@ class Setup:
         drawn = torch.zeros(steps, dtype=torch.int64, device="cuda")
         launches = max(TOKENS // steps, 1)
         self.state.positions.fill_(context)
-        self.step.launch(drawn)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(launches):
-                self.step.launch(drawn)
+        graph = capture([lambda: self.step.launch(drawn)] * launches)
         times = []
         for _ in range(repeats):
             self.state.positions.fill_(context)
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            graph.replay()
-            ended.record()
-            torch.cuda.synchronize()
-            times.append(began.elapsed_time(ended) * 1e3 / (launches * steps))
+            times.append(replay_seconds(graph) * 1e6 / (launches * steps))
         assert int(self.state.positions[0]) == context + launches * steps, "the steps did not run"
         return times
 
@@ -139,7 +130,7 @@ def main() -> int:
                     times = setup.time(context, steps, temperature, args.repeats)
                     micros = statistics.median(times)
                     moved = config.decode_weight_bytes() + config.kv_bytes_per_token() * (context + TOKENS // 2)
-                    floor = moved / READ_BYTES_PER_SECOND * 1e6
+                    floor = moved / H200_READ_BANDWIDTH * 1e6
                     rows.append(
                         {
                             "shape": name,

@@ -16,11 +16,11 @@ import torch
 
 from benchmarks.environment import describe
 from benchmarks.graph_timing import microseconds
+from benchmarks.peaks import H200_READ_BANDWIDTH
 from llama3.ops.sampling import sample
 from llama3.sampling import SamplingTensors, sample_tokens
 
 VOCAB_SIZE = 128256
-READ_BANDWIDTH = 4.585e12  # bytes/s, one H200 reading memory
 COLD_BYTES = 192 << 20
 REPEATS = 15
 BATCHES = (1, 4, 16, 64, 256)
@@ -68,7 +68,7 @@ def measure(mode: str, kind: str, batch: int, cold: bool, blocks: int = 0, overl
     differing = sample(buffers[0], params, positions) != sample_tokens(buffers[0], params, positions)
     assert differing.sum() <= 1, "the kernel draws other tokens than the reference"  # one may lie within rounding
     times = microseconds(calls, REPEATS)
-    floor = num_bytes / READ_BANDWIDTH * 1e6
+    floor = num_bytes / H200_READ_BANDWIDTH * 1e6
     setup = {"mode": mode, "kind": kind, "batch": batch, "cold": cold, "blocks_per_row": blocks, "overlap": overlap}
     return setup | summary(times) | {"floor_us": floor}
 

@@ -111,11 +111,6 @@ class Trace:
         return {name: counts[name] for name in (*BLOCKING_CALLS, EVENT_WAIT) if counts[name]}
 
 
-def busy_time(spans: Sequence[Span]) -> float:
-    """Microseconds in which at least one of the spans, sorted by start, is running."""
-    return sum(exposed_times(spans)) - idle_time(spans)
-
-
 def idle_time(spans: Sequence[Span]) -> float:
     """Microseconds between the first start and the last end, of spans sorted by start, in which none is running."""
     idle, end = 0.0, spans[0].start if spans else 0.0

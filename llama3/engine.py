@@ -160,13 +160,14 @@ class Engine:
         sequences = [s for s in self.scheduler.running if 0 < s.num_scheduled < s.max_tokens]
         if not sequences:
             return False
-        one_by_one = StepOptions.of(sequences).num_logprobs is not None or self.device.type != "cuda"
+        options = StepOptions.of(sequences)
+        one_by_one = options.num_logprobs is not None or self.device.type != "cuda"
         num_steps = 1 if one_by_one else min(GRAPH_STEPS, max(s.max_tokens - s.num_scheduled for s in sequences))
         counts = [min(num_steps, s.max_tokens - s.num_scheduled) for s in sequences]
         self.cache.reserve([s.slot for s in sequences], counts)
         for sequence, count in zip(sequences, counts, strict=True):
             sequence.num_scheduled += count
-        self._pending.append(self.runner.decode(sequences, num_steps))
+        self._pending.append(self.runner.decode(sequences, num_steps, options))
         return True
 
     def _collect(self, pending: PendingTokens) -> list[Progress]:

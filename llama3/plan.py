@@ -1,6 +1,7 @@
 """The memory plan: what a job takes, against what there is, before anything is allocated."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,21 +61,12 @@ class MemoryPlan:
 
     def largest_num_rows(self, max_len: int, limit: int) -> int:
         """The most sequences of `max_len` tokens that fit, at most `limit`; 0 if not even one does."""
-        low, high = 0, limit
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.needed(middle, max_len) <= self.usable else (low, middle - 1)
-        return low
+        return _largest(lambda num_rows: self.needed(num_rows, max_len) <= self.usable, limit)
 
     def largest_max_len(self, num_rows: int, limit: int) -> int:
         """The longest context, a multiple of the block size and at most `limit`, for `num_rows` sequences."""
-        low, high = 0, limit // BLOCK_SIZE
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (
-                (middle, high) if self.needed(num_rows, middle * BLOCK_SIZE) <= self.usable else (low, middle - 1)
-            )
-        return low * BLOCK_SIZE
+        blocks = _largest(lambda n: self.needed(num_rows, n * BLOCK_SIZE) <= self.usable, limit // BLOCK_SIZE)
+        return blocks * BLOCK_SIZE
 
     def check(self, num_rows: int, max_len: int) -> None:
         """Raise CapacityError, with the budget and what would fit, if the job does not."""
@@ -88,3 +80,12 @@ class MemoryPlan:
             f"what fits: max_num_seqs={self.largest_num_rows(max_len, num_rows)} at this length, or "
             f"max_model_len={self.largest_max_len(num_rows, max_len)} for this many"
         )
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest of 1 .. limit that fits, where all smaller ones do too; 0 if none does."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

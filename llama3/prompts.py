@@ -41,10 +41,11 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, 
             raise TokenizerError("the model has no tokenizer.json: give prompts as token ids")
         ids = tokenizer.encode(prompt)
     else:
-        for token in prompt:
+        given = list(prompt)
+        for token in given:
             if not is_token_id(token):
                 raise RequestError(f"the prompt must be a string or token ids, but it holds {token!r}")
-        ids = [int(token) for token in prompt]
+        ids = [int(token) for token in given]
     if not ids:
         raise RequestError("the prompt has no token ids: give at least one")
     for token in ids:

@@ -111,9 +111,8 @@ class Runner:
         draw = Draw(token_ids, log_probabilities(raw, token_ids, options.num_logprobs))
         return PendingTokens(sequences, range(len(sequences)), token_ids[None], draw)
 
-    def decode(self, sequences: Items[Sequence], num_steps: int) -> PendingTokens:
-        """Launch `num_steps` decode steps over the rows up to the last one of `sequences`."""
-        options = StepOptions.of(sequences)
+    def decode(self, sequences: Items[Sequence], num_steps: int, options: StepOptions) -> PendingTokens:
+        """Launch `num_steps` decode steps over the rows up to the last one of `sequences`, whose options these are."""
         num_rows = max(s.row for s in sequences) + 1
         draw = None
         if options.num_logprobs is not None or self.state.device.type != "cuda":

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.graph_timing import capture, replay_seconds
+from benchmarks.peaks import H200_READ_BANDWIDTH
 from llama3.ops import decode_attn as ops
 
-READ_CEILING = 4.585e12  # bytes/s of streaming loads over 8 GiB on an H200, measured
+READ_CEILING = H200_READ_BANDWIDTH
 ROTATED_BYTES = 1 << 30
 MAX_ERROR = 6e-3  # relative, against fp32; one bfloat16 rounding of the output alone is 1.7e-3
 PAGE = 16  # of the peers' paged caches

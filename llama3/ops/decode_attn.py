@@ -16,9 +16,10 @@ from types import ModuleType
 import torch
 
 from llama3.errors import UserError
+from llama3.kv_cache import BLOCK_SIZE
+from llama3.ops.tensor_error import wrong_tensor
 
 VERSIONS = ("naive", "split", "tensor_core", "ring", "tma")  # the ladder of docs/decode-attention.md, slowest first
-BLOCK_SIZE = 64
 MAX_GROUP = 8
 HEAD_DIMS = (64, 128)
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # the numbers of common::Dtype
@@ -194,9 +195,7 @@ def _workspace(device: torch.device) -> torch.Tensor:
 # ---- checks: shapes only, so that they run on any device and under torch.compile
 
 
-def _wrong(name: str, tensor: torch.Tensor, expected: str) -> UserError:
-    found = f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
-    return UserError(f"decode attention: {name} is {found}; expected {expected}")
+_wrong = functools.partial(wrong_tensor, "decode attention")
 
 
 def _cache_shape(k_cache: torch.Tensor, v_cache: torch.Tensor) -> dict[str, int]:

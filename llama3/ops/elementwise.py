@@ -11,6 +11,7 @@ import torch
 
 from llama3.errors import UserError
 from llama3.kv_cache import BLOCK_SIZE, LayerCache
+from llama3.ops.tensor_error import wrong_tensor
 from llama3.rope import RopeTable
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # the numbers of common::Dtype
@@ -27,7 +28,7 @@ def library() -> ModuleType:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [T, H], weight [H] -> [T, H]; fp32 inside, rounded, then times the weight."""
     if x.dim() != 2:
-        raise _wrong("rms_norm", "x", x, "[T, H]")
+        raise wrong_tensor("rms_norm", "x", x, "[T, H]")
     num_rows, hidden_size = x.shape
     _check("rms_norm", x, x=(x, (num_rows, hidden_size)), weight=(weight, (hidden_size,)))
     out = torch.empty_like(x)
@@ -40,7 +41,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """The packed projection [T, 2 F] in groups of 8 gates and their 8 ups -> silu(gate) * up, [T, F]."""
     if gate_up.dim() != 2 or gate_up.shape[1] % 16:
-        raise _wrong("silu_mul", "gate_up", gate_up, "[T, 2 F] with F a multiple of 8")
+        raise wrong_tensor("silu_mul", "gate_up", gate_up, "[T, 2 F] with F a multiple of 8")
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     _check("silu_mul", gate_up, gate_up=(gate_up, tuple(gate_up.shape)))
     out = gate_up.new_empty(num_rows, size)
@@ -58,7 +59,7 @@ def rope_append(
     """
     num_kv_heads, head_dim = cache.k.shape[1], cache.k.shape[3]
     if qkv.dim() != 2 or qkv.shape[1] % head_dim or qkv.shape[1] // head_dim <= 2 * num_kv_heads:
-        raise _wrong("rope_append", "qkv", qkv, f"[T, (Hq + 2 * {num_kv_heads}) * {head_dim}]")
+        raise wrong_tensor("rope_append", "qkv", qkv, f"[T, (Hq + 2 * {num_kv_heads}) * {head_dim}]")
     num_tokens, num_heads = qkv.shape[0], qkv.shape[1] // head_dim - 2 * num_kv_heads
     table = (rope.cos.shape[0], head_dim // 2)
     _check("rope_append", qkv, qkv=(qkv, tuple(qkv.shape)), **_cache_shapes(cache))
@@ -115,12 +116,7 @@ def _check_typed(
 ) -> None:
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise _wrong(op, name, tensor, f"contiguous {dtype} {list(shape)}")
+            raise wrong_tensor(op, name, tensor, f"contiguous {dtype} {list(shape)}")
     for name, (tensor, _) in expected.items():
         if not tensor.is_cuda or tensor.device != reference.device:
             raise UserError(f"{op}: {name} is on {tensor.device}; expected a CUDA device, the same for every tensor")
-
-
-def _wrong(op: str, name: str, tensor: torch.Tensor, expected: str) -> UserError:
-    found = f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
-    return UserError(f"{op}: {name} is {found}; expected {expected}")

@@ -12,6 +12,7 @@ import torch
 
 from llama3.decode_state import DecodeState
 from llama3.errors import UserError
+from llama3.ops.tensor_error import wrong_tensor
 from llama3.sampling import FLOAT_FIELDS, INTEGER_FIELDS, SamplingTensors
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers of sampling::Dtype
@@ -107,7 +108,7 @@ def _mode(params: SamplingTensors) -> int:
 def _check_logits(op: str, logits: torch.Tensor) -> int:
     """The number of rows."""
     if logits.dim() != 2 or logits.dtype not in DTYPES or logits.stride(1) != 1 or 0 in logits.shape:
-        raise _wrong(op, "logits", logits, "bfloat16, float16 or float32 [B, V] with contiguous columns")
+        raise wrong_tensor(op, "logits", logits, "bfloat16, float16 or float32 [B, V] with contiguous columns")
     if logits.shape[0] > MAX_BATCH:
         raise UserError(f"{op}: logits has {logits.shape[0]} rows; at most {MAX_BATCH} are drawn in one call")
     return logits.shape[0]
@@ -125,18 +126,13 @@ def _rules(op: str, params: SamplingTensors, batch: int) -> list[torch.Tensor]:
 def _check(op: str, logits: torch.Tensor, **expected: tuple[torch.Tensor, torch.dtype, tuple[int, ...]]) -> None:
     for name, (tensor, dtype, shape) in expected.items():
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise _wrong(op, name, tensor, f"contiguous {dtype} {list(shape)}")
+            raise wrong_tensor(op, name, tensor, f"contiguous {dtype} {list(shape)}")
 
 
 def _check_device(op: str, logits: torch.Tensor, *others: torch.Tensor) -> None:
     for tensor in (logits, *others):
         if tensor.device.type not in ("cuda", "meta") or tensor.device != logits.device:
             raise UserError(f"{op}: tensors are on {logits.device} and {tensor.device}; all must be on one CUDA device")
-
-
-def _wrong(op: str, name: str, tensor: torch.Tensor, expected: str) -> UserError:
-    found = f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
-    return UserError(f"{op}: {name} is {found}; expected {expected}")
 
 
 @functools.cache
