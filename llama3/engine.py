@@ -11,7 +11,6 @@ import torch
 
 from llama3.decode_state import DecodeState
 from llama3.device import to_device
-from llama3.forward_batch import PrefillBatch
 from llama3.kv_cache import BLOCK_SIZE, KVCache
 from llama3.model import Transformer
 from llama3.plan import free_memory
@@ -112,19 +111,18 @@ class Engine:
             return False
         assert self.cache is not None
         fresh = [s for s in work.placed() if s.num_prefilled == 0]
-        if fresh:
-            self.state.assign(fresh)
-            for sequence in fresh:
-                self.cache.reset(sequence.slot)
+        for sequence in fresh:
+            self.cache.reset(sequence.slot)
         slots = [s.slot for s in work.sequences]
         starts = self.cache.reserve(slots, work.counts)
-        batch = PrefillBatch.build(slots, work.counts, starts, self.device)
         token_ids = [
             token
             for sequence, start, count in zip(work.sequences, starts, work.counts, strict=True)
             for token in sequence.prompt_ids[start : start + count]
         ]
-        logits = self.runner.prefill(token_ids, batch)
+        logits = self.runner.prefill(token_ids, slots, work.counts, starts)
+        if fresh:  # while the GPU computes: only drawing needs it
+            self.state.assign(fresh)
         for sequence, count in zip(work.sequences, work.counts, strict=True):
             sequence.num_prefilled += count
         self._draw_first(work, logits)

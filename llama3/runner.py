@@ -10,6 +10,7 @@ from llama3.device import to_device
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache
 from llama3.model import Transformer
+from llama3.prefill_graphs import PrefillGraphs
 from llama3.sequence import Sequence, TokenLogprobs
 
 GRAPH_STEPS = 8
@@ -90,10 +91,19 @@ class Runner:
         self._whole_step = model.ops.whole_step(model.config, model.weights, model.rope, cache, state)
         self._graphs: dict[tuple[int, int, StepOptions], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._graph_pool = torch.cuda.graph_pool_handle() if state.device.type == "cuda" else None
+        self._prefills = PrefillGraphs(model, cache, self._graph_pool) if model.ops.can_capture_prefill else None
 
-    def prefill(self, token_ids: Items[int], batch: PrefillBatch) -> torch.Tensor:
-        """Logits [B, V] of each sequence's last token."""
+    def prefill(
+        self, token_ids: Items[int], seq_slots: Items[int], seq_lens: Items[int], past_lens: Items[int]
+    ) -> torch.Tensor:
+        """Packed prompts, token_ids [T], behind what their slots hold -> logits [B, V] of each one's last token.
+
+        The logits are valid until the next call.
+        """
+        if self._prefills is not None and self._prefills.takes(seq_lens, past_lens):
+            return self._prefills.run(token_ids, seq_slots, seq_lens)
         ids = to_device(token_ids, torch.int64, self.state.device)
+        batch = PrefillBatch.build(seq_slots, seq_lens, past_lens, self.state.device)
         return self.model.prefill(ids, batch, self.cache)
 
     def draw_first(self, logits: torch.Tensor, sequences: Items[Sequence]) -> PendingTokens:

@@ -19,6 +19,7 @@ from llama3.kv_cache import KVCache
 from llama3.model import Transformer
 from llama3.ops import select
 from llama3.ops.reference import ReferenceOps
+from llama3.prefill_graphs import PrefillGraphs
 from llama3.rope import RopeTable
 from tests.engine_helpers import poison
 from tests.numerics import ROUNDING_FLOOR, assert_within_contract
@@ -155,6 +156,31 @@ def test_decode_logits_are_within_the_contract(
     if batch_size == 1 and whole is not None:  # the same step again: it appends the same key and value
         whole.launch()
         assert_within_contract(whole.logits.cpu().bfloat16(), exact, same)
+
+
+@torch.inference_mode()
+def test_captured_prefills_are_within_the_contract(ours: LLM, truth: Transformer, prompts: list[list[int]]) -> None:
+    """Every size and number of prompts up to what graphs hold, twice, in slots that are not in order, among NaN."""
+    model, device = ours.engine.model, ours.device
+    cache = KVCache(ours.config, 8, 1024, torch.bfloat16, device)
+    graphs = PrefillGraphs(model, cache, torch.cuda.graph_pool_handle())
+    long = [t for p in prompts for t in p]
+    for lens in ([1], [31], [32], [33], [500], [1024], [1, 1, 1], [64, 1, 63], [100] * 8, [5, 200, 7], [1], [33]):
+        chosen = [long[17 * i : 17 * i + n] for i, n in enumerate(lens)]
+        slots = [(3 * i + 1) % 8 for i in range(len(lens))]
+        assert graphs.takes(lens, [0] * len(lens))
+        poison(cache)
+        got = graphs.run([t for p in chosen for t in p], slots, lens).clone()
+        rows = zip(got, slots, chosen, strict=True)
+        for logits, slot, prompt in rows:
+            exact = last_logits(truth, prompt)
+            same = last_logits(Transformer(ours.config, model.weights, ReferenceOps(), model.rope), prompt)
+            assert_within_contract(logits.cpu(), exact, same.bfloat16())
+            for kv in (cache.k, cache.v):  # [layers, slots, blocks, heads, 64, D]: tokens are blocks x 64
+                tokens_of_slot = kv.unflatten(1, (8, -1))[:, slot].transpose(2, 3).flatten(1, 2)
+                assert tokens_of_slot[:, : len(prompt)].isfinite().all()
+                assert tokens_of_slot[:, len(prompt) :].isnan().all()
+    assert not graphs.takes([1025], [0]) and not graphs.takes([1] * 9, [0] * 9) and not graphs.takes([5], [1])
 
 
 @pytest.mark.parametrize("params", [GREEDY, MISSION], ids=["greedy", "top-p"])

@@ -28,6 +28,9 @@ class Ops(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def can_capture_prefill(self) -> bool: ...
+
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor: ...
 
     def norm_linear(

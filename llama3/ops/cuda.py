@@ -20,9 +20,11 @@ FAMILIES = ("elementwise", "decode_attn", "sampling", "decode_step")
 
 
 class CudaOps:
-    """The seam's ops as CUDA kernels, in bf16 or fp16. No op waits for the GPU; all but prefill can be captured."""
+    """The seam's ops as CUDA kernels, in bf16 or fp16. No op waits for the GPU; prefill can be captured if nothing is
+    cached before it."""
 
     name = "cuda"
+    can_capture_prefill = True
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.overlap = elementwise.can_overlap(device)

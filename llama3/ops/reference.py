@@ -19,6 +19,7 @@ class ReferenceOps:
     """The seam's ops in PyTorch, on any device and in any floating dtype."""
 
     name = "reference"
+    can_capture_prefill = False  # attention goes by the lengths on the host
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """token_ids [T], table [V, H] -> [T, H]."""
