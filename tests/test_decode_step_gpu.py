@@ -233,6 +233,7 @@ def test_sampling_draws_what_the_reference_draws() -> None:
         rig.fill(20)
         sampling = rig.state.sampling
         sampling.temperature.fill_(0.8)
+        sampling.top_p.fill_(1)
         sampling.seed.fill_(seed * 0x123456789)
         sampling.request.fill_(3)
         sampling.sample.fill_(seed % 2)
