@@ -4,7 +4,7 @@ For a new set, write a module beside these and add a line to PROVIDERS; then a d
 """
 
 from benchmarks.record import Record
-from tools.figures import decode_attn, decode_step, demo_model, model, ops, sampling
+from tools.figures import decode_attn, decode_step, demo_model, gpu_checks, model, ops, sampling
 from tools.figures.provider import Provider
 
 PROVIDERS = (
@@ -13,5 +13,6 @@ PROVIDERS = (
     Provider("results/decode_step/*.json", decode_step.sections),
     Provider("results/ops/*.json", ops.sections),
     Provider("results/sampling/*.json", sampling.sections),
+    Provider("results/gpu_checks.json", gpu_checks.sections),
     Provider("models/demo/training.json", demo_model.sections),
 )
