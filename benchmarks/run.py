@@ -128,6 +128,7 @@ def _startup(args: argparse.Namespace, session: Session) -> None:
     record = session.record
     folder = CHECKPOINTS / f"{session.target.name}-{str(record.dtype).removeprefix('torch.')}"
     session.target = session.target.with_weights(folder)
+    session.note_memory()  # writing the weights may have left a context of this process's own on the GPU
     for mode in session.modes:
         found = measure_startup(session.starter(mode), session.load_spec(mode), args.repeats, args.random_seed)
         record.startup[mode.name] = found

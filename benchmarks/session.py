@@ -59,6 +59,10 @@ class Session:
     events: Events = field(default_factory=Events)
 
     def __post_init__(self) -> None:
+        self.note_memory()
+
+    def note_memory(self) -> None:
+        """Take what is in use on the GPU now for what a worker leaves when it ends."""
         self._memory_before = device_memory_used()[0]
 
     def run(self) -> Record:
