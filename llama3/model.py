@@ -19,13 +19,25 @@ class Transformer:
     def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops, rope: RopeTable) -> None:
         self.config, self.weights, self.ops, self.rope = config, weights, ops, rope
 
-    def forward(self, token_ids: torch.Tensor, batch: PrefillBatch | DecodeBatch, cache: KVCache) -> torch.Tensor:
-        """token_ids [T] -> hidden states [T, H] after the last layer, before the final norm."""
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        batch: PrefillBatch | DecodeBatch,
+        cache: KVCache,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """token_ids [T] -> hidden states [T, H] after the last layer, before the final norm.
+
+        wanted: int64 [R], the tokens whose states are asked for, [R, H]; then the last layer computes nothing for
+        others once their keys and values are cached.
+        """
         ops, eps = self.ops, self.config.rms_norm_eps
         x = ops.embed(token_ids, self.weights.embed)
         for index, layer in enumerate(self.weights.layers):
             qkv = ops.norm_linear(x, layer.attn_norm, layer.qkv, eps)
             attn = ops.rope_append_attend(qkv, self.rope, cache.layer(index), batch)
+            if wanted is not None and index == self.config.num_layers - 1:
+                x, attn = x[wanted], attn[wanted]
             x = ops.linear_add(attn, layer.o, x)
             mid = ops.norm_swiglu(x, layer.mlp_norm, layer.gate_up, eps)
             x = ops.linear_add(mid, layer.down, x)
@@ -37,8 +49,7 @@ class Transformer:
 
     def prefill(self, token_ids: torch.Tensor, batch: PrefillBatch, cache: KVCache) -> torch.Tensor:
         """Packed prompts, token_ids [T] -> logits of each sequence's last token, [B, V]."""
-        hidden = self.forward(token_ids, batch, cache)
-        return self.logits(hidden[batch.seq_starts[1:].long() - 1])
+        return self.logits(self.forward(token_ids, batch, cache, wanted=batch.seq_starts[1:].long() - 1))
 
     def decode_step(self, token_ids: torch.Tensor, batch: DecodeBatch, cache: KVCache) -> torch.Tensor:
         """One token a sequence, token_ids [B] -> logits [B, V]."""

@@ -66,8 +66,7 @@ class PrefillGraphs:
         # One more sequence than there may be: the padding. The lengths on the host are bounds, and unequal.
         lens = (num_tokens, *[0] * num_seqs)
         batch = PrefillBatch(slots, positions, starts.int(), (0,) * len(lens), lens, (0,) * len(lens))
-        hidden = self.model.forward(token_ids, batch, self.cache)
-        return self.model.logits(hidden[starts[1:-1] - 1])
+        return self.model.logits(self.model.forward(token_ids, batch, self.cache, wanted=starts[1:-1] - 1))
 
 
 def _pack(

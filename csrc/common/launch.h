@@ -6,6 +6,14 @@
 
 namespace common {
 
+// Of the current device.
+inline int multiprocessors() {
+    int device = 0, count = 0;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
+
 // `overlap`: the kernel may start while the previous one on the stream still runs. It then must call
 // wait_for_previous_kernel() in every thread before it touches anything but constants, and allow_next_kernel() only
 // after that, so that a kernel's start implies that everything before its predecessor is complete.

@@ -1,10 +1,14 @@
-"""The matrix products of the CUDA ops: cuBLASLt between elementwise kernels (docs/cuda-ops.md has the measurements)."""
+"""The matrix products of the CUDA ops: cuBLASLt between elementwise kernels, and for many tokens on Hopper a kernel of
+our own with SwiGLU fused (docs/cuda-ops.md has the measurements)."""
 
 import torch
 
 from llama3.errors import UserError
-from llama3.ops import elementwise, gemm_search
+from llama3.ops import elementwise, gemm, gemm_search
 from llama3.ops.cublaslt import ALIGNMENT, Product
+
+# From here on products alone are as fast in csrc/gemm/ as in cuBLASLt, or faster; SwiGLU, which saves a pass, is sooner.
+LARGE_MIN_TOKENS = 4096
 
 _products: dict[Product, Product] = {}
 
@@ -16,6 +20,8 @@ def norm_linear(x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor
 
 def norm_swiglu(x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
+    if gemm.suits(x.device, x.shape[0], *gate_up.shape):
+        return gemm.swiglu(elementwise.rms_norm(x, norm_weight, eps), gate_up)
     return elementwise.silu_mul(norm_linear(x, norm_weight, gate_up, eps))
 
 
@@ -24,9 +30,12 @@ def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) ->
     return product(x, weight, residual)
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+def product(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None, *, allow_large: bool = True
+) -> torch.Tensor:
     """x [T, K] times weight [N, K], plus residual [T, N] if there is one -> [T, N].
 
+    allow_large: let csrc/gemm/ run it where that is faster than cuBLASLt.
     Raises UserError naming the tensor and the shape expected.
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[0] < 1:
@@ -37,6 +46,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None
         _check("residual", residual, x, (num_tokens, num_rows))
         residual = _aligned(residual)
     x, weight = _aligned(x), _aligned(weight)
+    if allow_large and num_tokens >= LARGE_MIN_TOKENS and gemm.suits(x.device, num_tokens, num_rows, size):
+        return gemm.product(x, weight, residual)
     out = x.new_empty(num_tokens, num_rows)
     shape = Product(num_tokens, num_rows, size, x.dtype, x.device)
     shape = _products.setdefault(shape, shape)  # one object a shape: its descriptors are made once

@@ -1,0 +1,99 @@
+"""The products of a prefill: our kernel beside cuBLASLt, each with what a layer needs around it, taking turns.
+
+python -m benchmarks.large_products [--shape 1b,8b] [--json OUT]
+
+The norm before a product counts for both; SwiGLU is fused in ours and a kernel of its own after cuBLASLt's product.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.environment import describe
+from benchmarks.graph_timing import microseconds
+from benchmarks.text_table import markdown_table
+from llama3.config import ModelConfig
+from llama3.ops import elementwise, gemm, linear
+from llama3.shapes import shape_config
+
+COUNTS = (256, 1024, 2048, 4096, 8192, 16384)
+NUM_LAYERS = 4  # whose weights are used in turn
+ROUNDS = 3
+Call = Callable[[int], torch.Tensor]
+
+
+def calls(config: ModelConfig, num_tokens: int) -> dict[str, tuple[int, Call, Call]]:
+    """Of each product of a layer: its FLOPs, cuBLASLt's way and ours, as functions of the layer."""
+    hidden, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    x, attn, mid = (normal(num_tokens, n) for n in (hidden, config.q_size, inner))
+    norm = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
+    sizes = {"qkv": (config.qkv_size, hidden), "o": (hidden, config.q_size), "gate-up": (2 * inner, hidden)}
+    sizes["down"] = (hidden, inner)
+    weights = {name: [normal(*size) * size[1] ** -0.5 for _ in range(NUM_LAYERS)] for name, size in sizes.items()}
+
+    def normed() -> torch.Tensor:
+        return elementwise.rms_norm(x, norm, eps)
+
+    library = partial(linear.product, allow_large=False)
+    ways: dict[str, tuple[Call, Call]] = {
+        "qkv": (lambda i: library(normed(), weights["qkv"][i]), lambda i: gemm.product(normed(), weights["qkv"][i])),
+        "o": (lambda i: library(attn, weights["o"][i], x), lambda i: gemm.product(attn, weights["o"][i], x)),
+        "gate-up": (
+            lambda i: elementwise.silu_mul(library(normed(), weights["gate-up"][i])),
+            lambda i: gemm.swiglu(normed(), weights["gate-up"][i]),
+        ),
+        "down": (lambda i: library(mid, weights["down"][i], x), lambda i: gemm.product(mid, weights["down"][i], x)),
+    }
+    flops = {name: 2 * num_tokens * rows * size for name, (rows, size) in sizes.items()}
+    return {name: (flops[name], *both) for name, both in ways.items()}
+
+
+@torch.inference_mode()
+def measure(shape: str, num_tokens: int) -> list[dict[str, Any]]:
+    rows = []
+    for name, (flops, library, ours) in calls(shape_config(shape), num_tokens).items():
+        times: dict[str, list[float]] = {"cublaslt_us": [], "ours_us": []}
+        for _ in range(ROUNDS):
+            for key, call in (("cublaslt_us", library), ("ours_us", ours)):
+                times[key] += microseconds([partial(call, i) for i in range(NUM_LAYERS)], 3)
+        medians = {key: statistics.median(found) for key, found in times.items()}
+        rows.append({"model": shape, "tokens": num_tokens, "product": name, "flops": flops, **medians})
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="1b,8b")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
+    rows = [row for shape in args.shape.split(",") for count in COUNTS for row in measure(shape, count)]
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps({**describe(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a product, a column a number of tokens: microseconds, cuBLASLt's before ours."""
+    counts = sorted({row["tokens"] for row in rows})
+    cells = {
+        (f"{row['model'].upper()} {row['product']}", row["tokens"]): f"{row['cublaslt_us']:.0f} / {row['ours_us']:.0f}"
+        for row in rows
+    }
+    labels = dict.fromkeys(label for label, _ in cells)
+    lines = [[label, *(cells.get((label, count), "") for count in counts)] for label in labels]
+    return markdown_table(["µs, cuBLASLt / ours", *(f"{count} tokens" for count in counts)], lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+// Python's door to the large matrix products: pointers and the stream as integers (llama3/ops/gemm.py takes them off
+// the tensors). std::invalid_argument arrives as ValueError, std::runtime_error as RuntimeError.
+#include <pybind11/pybind11.h>
+
+#include "gemm/gemm.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(gemm, module) {
+    module.doc() = "Matrix products of many tokens on wgmma; see llama3/ops/gemm.py";
+    using namespace py::literals;
+    module.def(
+        "gemm",
+        [](uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out, int num_tokens, int num_rows, int size,
+           int epilogue, int dtype, uintptr_t stream) {
+            gemm::launch(
+                {reinterpret_cast<void*>(x), reinterpret_cast<void*>(weight), reinterpret_cast<void*>(residual),
+                 reinterpret_cast<void*>(out), num_tokens, num_rows, size, static_cast<gemm::Epilogue>(epilogue)},
+                {static_cast<common::Dtype>(dtype), reinterpret_cast<cudaStream_t>(stream)});
+        },
+        "x"_a, "weight"_a, "residual"_a, "out"_a, "num_tokens"_a, "num_rows"_a, "size"_a, "epilogue"_a, "dtype"_a,
+        "stream"_a);
+}

@@ -1,0 +1,266 @@
+// out [T, N] = x [T, K] weight [N, K]^T for many tokens, on Hopper's wgmma.
+//
+// Grid: as many clusters of kCluster blocks as the GPU holds; each works through every so many-th tile of the output. A
+// tile is 128 tokens by 256 weight rows a block, and the blocks of a cluster take neighbouring rows of tiles, so that
+// each brings only its part of the weights from L2 and multicasts it. Block: two warpgroups that multiply, 64 tokens by
+// 256 rows each, and one whose warps only move data:
+//   load     x and weight, 64 columns of the inner dimension a stage, into a ring    runs ahead into the next tile
+//   math     ring -> accumulators -> staging buffers                                 one warpgroup an epilogue behind
+//   store    staging buffers -> out; brings the residual into a buffer before math fills it
+// The second warpgroup starts each tile kLead stages after the first: while one is in its epilogue, the other has the
+// tensor cores to itself.
+#pragma once
+#include "common/async.cuh"
+#include "common/mma.cuh"
+#include "gemm/copy.cuh"
+#include "gemm/gemm.h"
+#include "gemm/wgmma.cuh"
+
+namespace gemm {
+
+constexpr int kCluster = 2;     // blocks
+constexpr int kGroupTiles = 8;  // tiles of a cluster's tokens that meet a tile of weights one after the other
+constexpr int kTileTokens = 128, kTileRows = 256, kStageColumns = 64;
+constexpr int kMathGroups = 2, kGroupTokens = kTileTokens / kMathGroups;
+constexpr int kThreads = (kMathGroups + 1) * 128;
+constexpr int kXBytes = kTileTokens * kStageColumns * 2, kWeightBytes = kTileRows * kStageColumns * 2;
+constexpr int kStageBytes = kXBytes + kWeightBytes;
+constexpr int kBoxColumns = 64;  // of a staging buffer: 64 tokens by 64 columns of out
+constexpr int kBufferBytes = kGroupTokens * kBoxColumns * 2;
+constexpr int kLead = 2;          // stages
+constexpr int kMinLeadSteps = 8;  // shorter products could lap the barrier between the warpgroups
+constexpr int kMathRegisters = 232, kMoveRegisters = 40;
+static_assert(kMathRegisters * 256 + kMoveRegisters * 128 <= 65536 / kThreads / 8 * 8 * kThreads);
+
+// How shared memory is shared out: with a residual, buffers for a whole tile hide the way there and back.
+template <int kStages_, int kBuffers_>
+struct Layout {
+    static constexpr int kStages = kStages_, kBuffers = kBuffers_;  // buffers of each math warpgroup
+    static constexpr int kRingBytes = kStages * kStageBytes;
+    static constexpr int kBytes = kRingBytes + kMathGroups * kBuffers * kBufferBytes;
+    static constexpr int kSharedBytes = kBytes + 1024 + 256;  // alignment, barriers
+};
+
+struct TensorMaps {
+    CUtensorMap x, weight, residual, out;  // boxes of 128, 128, 64 and 64 rows by 64 columns
+};
+
+struct Tiling {
+    int tiles_tokens, tiles_rows;  // in tiles of a cluster
+    int steps;                     // of kStageColumns along the inner dimension
+};
+
+struct Tile {
+    int token, row;  // in tiles of a cluster
+};
+
+// Down `kGroupTiles` tiles of tokens first, then on along the weight rows: neighbours in time share operands in L2.
+__device__ __forceinline__ Tile tile_at(const Tiling& t, int index) {
+    const int group_tiles = kGroupTiles * t.tiles_rows;
+    const int first = index / group_tiles * kGroupTiles;
+    const int height = min(kGroupTiles, t.tiles_tokens - first), in_group = index % group_tiles;
+    return {first + in_group % height, in_group / height};
+}
+
+// Position in a ring of kSize slots.
+template <int kSize>
+struct Cursor {
+    int slot = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++slot == kSize) slot = 0, parity ^= 1;
+    }
+};
+
+template <typename Layout>
+struct Shared {
+    uint32_t ring, buffers;  // addresses
+    uint32_t full, empty;    // of the ring's stages
+    uint32_t ready, staged;  // of the staging buffers: may be filled, are filled
+    __device__ __forceinline__ static Shared at(uint32_t base) {
+        const uint32_t barriers = base + Layout::kBytes;
+        const uint32_t of_buffers = barriers + 2 * 8 * Layout::kStages;
+        return {base,       base + Layout::kRingBytes,
+                barriers,   barriers + 8 * Layout::kStages,
+                of_buffers, of_buffers + 8 * kMathGroups * Layout::kBuffers};
+    }
+};
+
+template <Epilogue kEpilogue>
+constexpr int kBoxes = kEpilogue == Epilogue::kSwiglu ? 2 : 4;  // of a warpgroup's part of a tile
+
+template <typename Layout>
+__device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared<Layout>& s, int rank) {
+    common::wait_for_previous_kernel();
+    common::allow_next_kernel();
+    Cursor<Layout::kStages> at;
+    for (int index = blockIdx.x / kCluster; index < t.tiles_tokens * t.tiles_rows; index += gridDim.x / kCluster) {
+        const Tile tile = tile_at(t, index);
+        const int token = (tile.token * kCluster + rank) * kTileTokens, row = tile.row * kTileRows;
+        for (int step = 0; step < t.steps; ++step, at.advance()) {
+            const uint32_t full = s.full + 8 * at.slot, x = s.ring + at.slot * kStageBytes, weight = x + kXBytes;
+            common::mbarrier_wait(s.empty + 8 * at.slot, at.parity ^ 1);
+            common::mbarrier_expect(full, kStageBytes);
+            copy_box(x, &maps.x, full, step * kStageColumns, token);
+            copy_box_to_blocks(weight + rank * (kWeightBytes / kCluster), &maps.weight, full, step * kStageColumns,
+                               row + rank * (kTileRows / kCluster), (1 << kCluster) - 1);
+        }
+    }
+}
+
+// Where the boxes of one warpgroup's output lie, in order.
+template <Epilogue kEpilogue>
+struct BoxWalk {
+    const Tiling& t;
+    int rank, group;
+    int index = blockIdx.x / kCluster, box = 0;
+    __device__ __forceinline__ bool done() const { return index >= t.tiles_tokens * t.tiles_rows; }
+    __device__ __forceinline__ int token() const {
+        return (tile_at(t, index).token * kCluster + rank) * kTileTokens + group * kGroupTokens;
+    }
+    __device__ __forceinline__ int column() const {
+        return (tile_at(t, index).row * kBoxes<kEpilogue> + box) * kBoxColumns;
+    }
+    __device__ __forceinline__ void advance() {
+        if (++box == kBoxes<kEpilogue>) box = 0, index += gridDim.x / kCluster;
+    }
+};
+
+template <typename Layout, Epilogue kEpilogue>
+__device__ void store_tiles(const TensorMaps& maps, const Tiling& t, const Shared<Layout>& s, int rank, int group) {
+    common::wait_for_previous_kernel();
+    BoxWalk<kEpilogue> out{t, rank, group}, next{t, rank, group};
+    const int first = group * Layout::kBuffers;
+    auto make_ready = [&](int slot) {
+        const uint32_t ready = s.ready + 8 * (first + slot);
+        if (kEpilogue != Epilogue::kResidual || next.done()) {
+            common::mbarrier_arrive(ready);
+        } else {
+            common::mbarrier_expect(ready, kBufferBytes);
+            copy_box(s.buffers + (first + slot) * kBufferBytes, &maps.residual, ready, next.column(), next.token());
+        }
+        next.advance();
+    };
+    for (int slot = 0; slot < Layout::kBuffers; ++slot) make_ready(slot);
+    Cursor<Layout::kBuffers> at;
+    for (; !out.done(); out.advance(), at.advance()) {
+        common::mbarrier_wait(s.staged + 8 * (first + at.slot), at.parity);
+        store_box(&maps.out, s.buffers + (first + at.slot) * kBufferBytes, out.column(), out.token());
+        wait_stores_read();
+        make_ready(at.slot);
+    }
+    wait_stores();
+}
+
+__device__ __forceinline__ float silu(float x) {
+    return __fdividef(x, 1 + __expf(-x));
+}
+
+// Two columns of out from two columns of the accumulators, which are those of `low` and `low + 1`.
+template <typename T, Epilogue kEpilogue>
+__device__ __forceinline__ uint32_t finish(const float (&d)[kFragment], int low, uint32_t residual) {
+    if constexpr (kEpilogue == Epilogue::kSwiglu) {
+        return common::Pack<T>::from_floats(silu(d[low]) * d[low + 4], silu(d[low + 1]) * d[low + 5]);
+    } else if constexpr (kEpilogue == Epilogue::kResidual) {
+        const float2 added = common::Pack<T>::to_floats(residual);
+        return common::Pack<T>::from_floats(d[low] + added.x, d[low + 1] + added.y);
+    } else {
+        return common::Pack<T>::from_floats(d[low], d[low + 1]);
+    }
+}
+
+// A warpgroup's accumulators to its staging buffers, in the order of BoxWalk.
+template <typename T, typename Layout, Epilogue kEpilogue>
+__device__ __forceinline__ void stage_tile(const float (&d)[kFragment], const Shared<Layout>& s, int group,
+                                           Cursor<Layout::kBuffers>& at) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    constexpr int kApart = kEpilogue == Epilogue::kSwiglu ? 8 : 4;  // accumulators from one 8 columns to the next
+#pragma unroll
+    for (int box = 0; box < kBoxes<kEpilogue>; ++box, at.advance()) {
+        const int buffer = group * Layout::kBuffers + at.slot;
+        const uint32_t row = s.buffers + buffer * kBufferBytes + (warp * 16 + lane % 16) * (kBoxColumns * 2);
+        common::mbarrier_wait(s.ready + 8 * buffer, at.parity);
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {  // of 8 columns: matrices (rows 0 to 7, rows 8 to 15) of each
+            const uint32_t address = row + (((2 * pair + lane / 16) ^ (lane % 8)) * 16);
+            uint32_t words[4] = {};
+            if constexpr (kEpilogue == Epilogue::kResidual) common::ldmatrix_x4(words, address);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                words[i] = finish<T, kEpilogue>(d, (8 * box + 2 * pair + i / 2) * kApart + i % 2 * 2, words[i]);
+            stmatrix_x4(address, words);
+        }
+        fence_async_proxy();
+        common::mbarrier_arrive(s.staged + 8 * buffer);
+    }
+}
+
+template <typename T, typename Layout, Epilogue kEpilogue>
+__device__ void multiply_tiles(const Tiling& t, const Shared<Layout>& s, int group) {
+    const int lane = threadIdx.x % 32;
+    Cursor<Layout::kStages> at;
+    Cursor<Layout::kBuffers> buffer;
+    const bool takes_turns = t.steps >= kMinLeadSteps;
+    auto release = [&](int slot) {
+        if (lane < kCluster) arrive_in_block(s.empty + 8 * slot, lane);
+    };
+    for (int index = blockIdx.x / kCluster; index < t.tiles_tokens * t.tiles_rows; index += gridDim.x / kCluster) {
+        float d[kFragment];
+        int before = 0;
+        if (takes_turns && group == 1) common::named_sync(1, kMathGroups * 128);
+        for (int step = 0; step < t.steps; ++step, at.advance()) {
+            common::mbarrier_wait(s.full + 8 * at.slot, at.parity);
+            const uint32_t stage = s.ring + at.slot * kStageBytes;
+            const uint64_t x = operand(stage + group * (kXBytes / kMathGroups)), weight = operand(stage + kXBytes);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kStageColumns / 16; ++k)  // 32 bytes further along the rows
+                wgmma<T>(d, x + 2 * k, weight + 2 * k, step + k);
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (step > 0) release(before);
+            before = at.slot;
+            if (takes_turns && group == 0 && step == kLead - 1) common::named_arrive(1, kMathGroups * 128);
+        }
+        wgmma_wait<0>();
+        release(before);
+        stage_tile<T, Layout, kEpilogue>(d, s, group, buffer);
+    }
+}
+
+template <typename T, typename Layout, Epilogue kEpilogue>
+__global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant__ TensorMaps maps, Tiling tiling) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    extern __shared__ uint8_t shared_memory[];
+    const auto s = Shared<Layout>::at((common::shared_address(shared_memory) + 1023) / 1024 * 1024);
+    const int rank = cluster_rank();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Layout::kStages; ++i) {
+            common::mbarrier_init(s.full + 8 * i, 1);
+            common::mbarrier_init(s.empty + 8 * i, kMathGroups * 4 * kCluster);  // each warp that reads it
+        }
+        for (int i = 0; i < kMathGroups * Layout::kBuffers; ++i) {
+            common::mbarrier_init(s.ready + 8 * i, 1);
+            common::mbarrier_init(s.staged + 8 * i, 128);
+        }
+        common::fence_barrier_init();
+    }
+    cluster_sync();
+
+    if (threadIdx.x >= kMathGroups * 128) {
+        lower_registers<kMoveRegisters>();
+        const int warp = threadIdx.x / 32 - kMathGroups * 4;
+        if (threadIdx.x % 32 == 0) {
+            if (warp == 0) load_tiles<Layout>(maps, tiling, s, rank);
+            if (warp == 1 || warp == 2) store_tiles<Layout, kEpilogue>(maps, tiling, s, rank, warp - 1);
+        }
+    } else {
+        raise_registers<kMathRegisters>();
+        multiply_tiles<T, Layout, kEpilogue>(tiling, s, threadIdx.x / 128);
+    }
+    __syncwarp();
+    cluster_sync();  // the other block may still send weights and arrivals here
+#endif
+}
+
+}  // namespace gemm

@@ -1,0 +1,106 @@
+"""The large products against the reference ops in fp64, within the numerics contract of the design."""
+
+import pytest
+import torch
+
+from llama3.ops import gemm
+from llama3.ops.reference import ReferenceOps
+from tests.numerics import assert_within_contract
+
+pytestmark = pytest.mark.gpu
+COUNTS = (1, 63, 64, 65, 128, 129, 255, 257, 1000, 4099)  # a block takes 128 tokens, a cluster 256
+# N, K of 1B, 3B and 8B, and sizes that divide by little.
+SIZES = ((3072, 2048), (2048, 8192), (5120, 3072), (4096, 14336), (16384, 2048), (264, 72), (16, 8), (1000, 328))
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def hopper_with_poisoned_allocations():
+    """Fresh memory is NaN, so that what a kernel leaves unwritten shows."""
+    if not gemm.runs_on(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("needs compute capability 9.0")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, device="cuda") * scale).to(dtype)
+
+
+def inside(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with NaN before and behind, so that reads beyond it show."""
+    size, around = tensor.numel(), 1 << 16
+    storage = torch.full((size + 2 * around,), torch.nan, dtype=tensor.dtype, device="cuda")
+    storage[around : around + size] = tensor.flatten()
+    return storage[around : around + size].view(tensor.shape)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.unflatten(1, (-1, 2, 8)).unbind(2)
+    return (torch.nn.functional.silu(gate) * up).flatten(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_rows", "size"), SIZES)
+@pytest.mark.parametrize("num_tokens", COUNTS)
+def test_product(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype) -> None:
+    x = inside(normal(num_tokens, size, dtype=dtype))
+    weight = inside(normal(num_rows, size, dtype=dtype, scale=size**-0.5))
+    residual = inside(normal(num_tokens, num_rows, dtype=dtype))
+    exact = x.double() @ weight.double().T
+    result = gemm.product(x, weight)
+    assert_within_contract(result, exact, x @ weight.T)
+    assert torch.equal(result, gemm.product(x, weight))
+    result = gemm.product(x, weight, residual)
+    plain = ReferenceOps().linear_add(x, weight, residual)
+    assert_within_contract(result, exact + residual.double(), plain)
+    assert torch.equal(result, gemm.product(x, weight, residual))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_rows", "size"), [(16384, 2048), (28672, 4096), (272, 72), (16, 8), (2000, 328)])
+@pytest.mark.parametrize("num_tokens", COUNTS)
+def test_swiglu(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype) -> None:
+    x, weight = normal(num_tokens, size, dtype=dtype), normal(num_rows, size, dtype=dtype, scale=2 * size**-0.5)
+    result = gemm.swiglu(inside(x), inside(weight))
+    assert_within_contract(result, silu_mul(x.double() @ weight.double().T), silu_mul(x @ weight.T))
+    assert torch.equal(result, gemm.swiglu(x, weight))
+
+
+def test_large_gates_saturate() -> None:
+    """silu goes to 0 and to the identity; no overflow on the way."""
+    x = torch.eye(16, dtype=torch.bfloat16, device="cuda")
+    gates = torch.tensor([-200.0, -90.0, -1.0, 0.0, 1.0, 90.0, 200.0, 3e4], device="cuda").to(torch.bfloat16)
+    weight = torch.cat((gates[:, None].expand(8, 16), torch.ones(8, 16, device="cuda", dtype=torch.bfloat16)))
+    expected = torch.nn.functional.silu(gates.double()).expand(16, 8)
+    torch.testing.assert_close(gemm.swiglu(x, weight.contiguous()).double(), expected, rtol=2**-8, atol=1e-30)
+
+
+def test_nothing_is_written_beyond_the_output() -> None:
+    x, weight = normal(130, 128, dtype=torch.bfloat16), normal(264, 128, dtype=torch.bfloat16)
+    storage = torch.full((140 * 264,), torch.nan, dtype=torch.bfloat16, device="cuda")
+    pointers = (x.data_ptr(), weight.data_ptr(), 0, storage.data_ptr())
+    gemm.library().gemm(*pointers, 130, 264, 128, gemm.PLAIN, 0, stream=torch.cuda.current_stream().cuda_stream)
+    written = ~storage.isnan()
+    assert written[: 130 * 264].all() and not written[130 * 264 :].any()
+
+
+def test_replay_in_a_graph_after_other_kernels() -> None:
+    """Launched before its predecessor has ended, it must not read what that one still writes."""
+    x, weight = normal(2048, 2048, dtype=torch.bfloat16), normal(2048, 2048, dtype=torch.bfloat16, scale=2048**-0.5)
+    expected = x
+    for _ in range(4):
+        expected = gemm.product(expected, weight, expected)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x
+        for _ in range(4):
+            y = gemm.product(y, weight, y)
+    for _ in range(3):
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected)
