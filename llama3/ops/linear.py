@@ -7,7 +7,7 @@ from llama3.errors import UserError
 from llama3.ops import elementwise, gemm, gemm_search
 from llama3.ops.cublaslt import ALIGNMENT, Product
 
-# From here on products alone are as fast in csrc/gemm/ as in cuBLASLt, or faster; SwiGLU, which saves a pass, is sooner.
+# From here on products alone are as fast in csrc/gemm/ as in cuBLASLt, or faster; SwiGLU, which saves a pass, sooner.
 LARGE_MIN_TOKENS = 4096
 
 _products: dict[Product, Product] = {}
