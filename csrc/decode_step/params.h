@@ -88,19 +88,14 @@ struct Params {
     int64_t* profile;                             // [grid, 32] cycles, in builds with DECODE_STEP_PROFILE
 };
 
-// The rows of one projection that a block multiplies.
 struct Rows {
     int begin, count;
 };
 
+// The rows of one projection that a block multiplies. The remainder moves around with the layer, so that over a step
+// every block reads nearly the same number of bytes.
 __host__ __device__ inline Rows rows_of_block(const Linear& linear, int op, int layer, int block, int grid) {
     const int pieces = linear.rows / linear.row_unit;
-    if (op == kGateUp) {  // its pieces are large: the first blocks, which attend, never take one of the remainder
-        const int each = pieces / grid, first_larger = grid - pieces % grid;
-        const int begin = block * each + (block > first_larger ? block - first_larger : 0);
-        return {begin * linear.row_unit, (each + (block >= first_larger)) * linear.row_unit};
-    }
-    // The remainder moves around with the layer, so that over a step every block reads nearly the same number of bytes.
     const int seat = (block + layer * 37 + op * 29) % grid;
     const int begin = static_cast<uint32_t>(seat) * pieces / grid,
               end = static_cast<uint32_t>(seat + 1) * pieces / grid;
