@@ -27,6 +27,7 @@ class StepOptions:
 
     all_greedy: bool
     any_filter: bool
+    any_top_k_and_top_p: bool
     any_min_tokens: bool
     num_logprobs: int | None
 
@@ -37,6 +38,7 @@ class StepOptions:
         return cls(
             all_greedy=all(p.temperature == 0 for p in params),
             any_filter=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params),
+            any_top_k_and_top_p=any(p.temperature > 0 and p.top_k > 0 and p.top_p < 1 for p in params),
             any_min_tokens=any(p.min_tokens > 0 for p in params),
             num_logprobs=max(asked, default=None),
         )
@@ -156,8 +158,9 @@ class Runner:
     def _replay(self, num_rows: int, num_steps: int, options: StepOptions) -> torch.Tensor:
         """Token ids [num_steps, num_rows], from one launch or from captured graphs of GRAPH_STEPS steps and of one."""
         tokens = torch.empty(num_steps, num_rows, dtype=torch.int64, device=self.state.device)
-        # Greedy steps follow one another within one launch; other draws have the sampling kernel between the steps.
-        if self._whole_step is not None and num_rows == 1 and options.all_greedy and not options.any_min_tokens:
+        # Steps follow one another within one launch where it can draw; else the sampling kernel is between them.
+        chains = not options.any_top_k_and_top_p and not options.any_min_tokens
+        if self._whole_step is not None and num_rows == 1 and chains:
             self._whole_step.launch(tokens)
             return tokens
         done = 0

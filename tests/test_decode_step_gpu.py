@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from llama3.config import ModelConfig
 from llama3.decode_state import DecodeState
 from llama3.kv_cache import BLOCK_SIZE, KVCache
+from llama3.ops import sampling
 from llama3.ops.decode_step import DecodeStep
 from llama3.rope import RopeTable
 from llama3.sampling import sample_tokens
@@ -227,20 +228,80 @@ def test_captured_in_a_graph() -> None:
     assert tokens == eager.tolist()
 
 
+def set_rules(rig: Rig, seed: int = 0, **rules: float) -> None:
+    sampling = rig.state.sampling
+    for name, value in ({"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | rules).items():
+        getattr(sampling, name).fill_(value)
+    sampling.seed.fill_(seed * 0x123456789)
+    sampling.request.fill_(3)
+    sampling.sample.fill_(seed % 2)
+
+
 def test_sampling_draws_what_the_reference_draws() -> None:
     rig = Rig(CONFIGS["d64 ratio 4"], max_len=256)
     for seed in range(20):
         rig.fill(20)
-        sampling = rig.state.sampling
-        sampling.temperature.fill_(0.8)
-        sampling.top_p.fill_(1)
-        sampling.seed.fill_(seed * 0x123456789)
-        sampling.request.fill_(3)
-        sampling.sample.fill_(seed % 2)
+        set_rules(rig, seed)
         drawn = torch.zeros(1, dtype=torch.int64, device="cuda")
         rig.step.launch(drawn)
-        expected = sample_tokens(rig.step.logits, sampling, torch.tensor([21], device="cuda"))
+        expected = sample_tokens(rig.step.logits, rig.state.sampling, torch.tensor([21], device="cuda"))
         assert drawn.tolist() == expected.tolist()
+
+
+RULES = [
+    {"top_p": 0.9},
+    {"top_p": 0.9, "temperature": 0.6},
+    {"top_p": 0.1, "temperature": 1.5},
+    {"top_p": 0.0},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"top_p": 0.5, "min_p": 0.2},
+    {"top_k": 1},
+    {"top_k": 5, "temperature": 2.0},
+    {"top_k": 100},
+    {"top_k": 100, "min_p": 0.1},
+]
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 8.0])
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_filters_draw_what_the_sampling_kernel_draws(rules: dict[str, float], sharpness: float) -> None:
+    rig = Rig(CONFIGS["d64 ratio 4"], max_len=256)
+    rig.weights.final_norm.mul_(sharpness)
+    rig.fill(20)
+    position = torch.tensor([21], dtype=torch.int32, device="cuda")
+    for seed in range(20):
+        rig.place(20, 17)
+        set_rules(rig, seed, **rules)
+        drawn = torch.full((1,), -7, device="cuda")
+        rig.step.launch(drawn)
+        assert drawn.tolist() == sampling.sample(rig.step.logits, rig.state.sampling, position).tolist(), seed
+
+
+@pytest.mark.parametrize("rules", [{}, {"top_p": 0.3}], ids=str)
+def test_filtered_steps_chain(rules: dict[str, float]) -> None:
+    rig = Rig(CONFIGS["d64 ratio 4"], max_len=256)
+    rig.fill(20)
+    set_rules(rig, 5, **rules)
+    one_by_one = torch.full((24, 1), -7, device="cuda")
+    for row in one_by_one:
+        rig.step.launch(row)
+    assert len(set(one_by_one.flatten().tolist())) > 8
+    rig.place(20, 17)
+    chained = torch.full((24,), -7, device="cuda")
+    rig.step.launch(chained)
+    assert chained.tolist() == one_by_one.flatten().tolist()
+
+
+def test_logits_that_are_not_finite() -> None:
+    rig = Rig(CONFIGS["d64 ratio 4"], max_len=256)
+    rig.fill(20)
+    set_rules(rig, 1, top_p=0.9)
+    rig.weights.lm_head[99] = math.nan
+    rig.weights.lm_head[1234] = math.nan
+    drawn = torch.full((1,), -7, device="cuda")
+    rig.step.launch(drawn)
+    assert drawn.tolist() == [99]
 
 
 def test_stop_token_and_last_position_make_the_row_idle() -> None:

@@ -1,237 +1,252 @@
-// The math warps' part of rope, append and attention over the cached context, one kv head and its query heads a block.
+// The math warps' part of rope, append and attention over the cached context: one kv head and its query heads a block,
+// or one of several splits of its context.
 //
-// Each warp takes 8 tokens of every 64-token tile. A token's row lies in D / 8 lanes (16 bytes each), so one load
-// covers 4 tokens (D 64) or 2 (D 128). Scores of 8 tokens x GP heads are summed by halves until each lane holds those
-// of one token: bits 2-4 of the lane say which token, bits 0-1 which head.
+// Each warp takes 8 tokens of every 64-token tile, and keys and values go to the tensor core as they lie in shared
+// memory, 16 bytes a lane. The left operand has the query heads (later their weights) in rows 0-7, and in rows 8-15
+// what bf16 leaves over of them, so that they count with 16 bits of mantissa; a lane adds the two rows' products.
+// Lane 4 g + t holds head g.
 #pragma once
 #include "decode_step/gemv.cuh"
 
 namespace decode_step {
 
-// Sums each of the first N values over the lanes that differ in the bits from kMask down to kLast, by halves:
-// afterwards a lane holds max(1, N / lanes) sums, those whose index has the lane's bits on top.
-template <int kMask, int kLast, int N>
-__device__ __forceinline__ void transposed_sum(float* v, int lane) {
-    if constexpr (N > 1) {
-        constexpr int kHalf = N / 2;
-        const bool upper = lane & kMask;
-#pragma unroll
-        for (int i = 0; i < kHalf; ++i) {
-            const float sent = upper ? v[i] : v[i + kHalf];
-            const float kept = upper ? v[i + kHalf] : v[i];
-            v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kMask);
-        }
-        if constexpr (kMask > kLast) transposed_sum<kMask / 2, kLast, kHalf>(v, lane);
-    } else {
-        v[0] += __shfl_xor_sync(0xffffffffu, v[0], kMask);
-        if constexpr (kMask > kLast) transposed_sum<kMask / 2, kLast, 1>(v, lane);
-    }
+// Partial results of the warps: out [kMathWarps][group][D + 16] in the order of `output_element`, then max and sum.
+constexpr int kOutPadding = 16;  // floats: heads fall into different banks
+__host__ __device__ constexpr int attention_scratch_bytes(int head_dim, int group) {
+    return align_up(kMathWarps * group * ((head_dim + kOutPadding) * 4 + 8));
 }
 
-template <int D, int GP>
+__device__ __forceinline__ float fast_exp2(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+template <int D>
 struct Attention {
-    static constexpr int kLanes = D / 8;            // lanes a token
-    static constexpr int kPerLoad = 32 / kLanes;    // tokens a load
-    static constexpr int kLoads = 8 / kPerLoad;     // loads for the warp's 8 tokens
-    static constexpr int kTiles = GP == 4 ? 2 : 1;  // tiles at a time: more to do between the waits of softmax
-    static_assert(GP == 4 || GP == 8, "fewer heads are padded to 4");
-    static constexpr int kScores = GP / 4;     // scores a lane holds after summing
+    static constexpr int kPieces = D / 32;  // 16-byte pieces of a key that a lane holds: bytes 64 j + 16 t of token g
+    static constexpr int kHalves = D / 64;  // of a value: bytes 128 h + 16 g of tokens 2 t and 2 t + 1
+    static constexpr int kRowBytes = D * 2, kTileBytes = kTileTokens * kRowBytes;
     static constexpr float kNoScore = -1e30f;  // the maximum of nothing, finite so that differences are
 
-    // With 8 heads, q and out together are too many registers: q then stays in shared memory.
-    static constexpr bool kHoldsQ = GP <= 4;
+    static constexpr int kFresh = D / 64;  // 16-byte vectors of the new key and value a lane
 
-    float q[kHoldsQ ? GP * 8 : 8], out[GP * 8] = {};  // [head][element of this lane's column]
-    const float* shared_q;
-    float maximum[kScores], sum[kScores];
-    int lane, column, member;  // this lane's 16-byte column of a row, and its token among those of one load
+    uint32_t q[2 * kPieces][4];
+    uint4 fresh[kFresh];                  // words of the new key and value, in the warp that appends them
+    float out[8 * kHalves][4] = {};       // columns 2 t and 2 t + 1 of product i: elements 16 t + i and 16 t + 8 + i
+    float maximum = kNoScore, sum = 0.f;  // of head g; the sum of this lane's tokens only
 
-    // `heads` is how many of the GP heads exist; the others' q must read as 0.
-    __device__ Attention(int lane, const float* shared_q, int heads)
-        : shared_q(shared_q), lane(lane), column(lane % kLanes), member(lane / kLanes) {
+    __device__ __forceinline__ static void split(float a, float b, uint32_t& high, uint32_t& low) {
+        high = common::Pack<bf16>::from_floats(a, b);
+        low = common::Pack<bf16>::from_floats(a - bf16_low(high), b - bf16_high(high));
+    }
+
+    // Waits for q, and if the warp appends the new token also for its key and value, and rotates q. Elements d and
+    // d + D / 2 turn together: one lane has both.
+    __device__ __forceinline__ void load_words(const Params& p, const Step& step, uint32_t use, int kv_head, int group,
+                                               bool appends, int lane) {
+        const int head = lane >> 2, column = (lane & 3) * 8;
+        const uint32_t* words = p.qkv + (kv_head * group + min(head, group - 1)) * D + column;
+        const uint32_t *new_k = p.qkv + (p.num_heads + kv_head) * D, *new_v = new_k + p.num_kv_heads * D;
+        constexpr int kPairs = kPieces / 2;
+        const int64_t angle = static_cast<int64_t>(step.position) * (D / 2) + column;
+        float4 c[2 * kPairs], s[2 * kPairs];
 #pragma unroll
-        for (int i = 0; i < kScores; ++i) maximum[i] = kNoScore, sum[i] = 0.f;
-        if constexpr (kHoldsQ) {
-#pragma unroll
-            for (int g = 0; g < GP; ++g) {
-                if (g < heads) {
-                    load_q(g, q + g * 8);
-                } else {
-#pragma unroll
-                    for (int e = 0; e < 8; ++e) q[g * 8 + e] = 0.f;
+        for (int i = 0; i < 2 * kPairs; ++i) {
+            c[i] = __ldg(reinterpret_cast<const float4*>(p.cos + angle + i / 2 * 32) + i % 2);
+            s[i] = __ldg(reinterpret_cast<const float4*>(p.sin + angle + i / 2 * 32) + i % 2);
+        }
+        uint4 v[2 * kPieces + kFresh];
+        await(
+            v,
+            [=](int i) {
+                const uint32_t* from = words + i / 2 * 32 + i % 2 * 4;
+                if (i >= 2 * kPieces) {
+                    const int n = (i - 2 * kPieces) * 32 + lane;  // of [k, v]
+                    from = !appends ? words : n < D / 4 ? new_k + n * 4 : new_v + (n - D / 4) * 4;
                 }
+                return reinterpret_cast<const uint4*>(from);
+            },
+            use);
+#pragma unroll
+        for (int i = 0; i < kFresh; ++i) fresh[i] = v[2 * kPieces + i];
+        const float scale = head < group ? p.softmax_scale_log2 : 0.f;
+#pragma unroll
+        for (int i = 0; i < 2 * kPairs; ++i) {
+            const uint4 first = v[i], second = v[i + 2 * kPairs];
+            const float a[4] = {untag(first.x), untag(first.y), untag(first.z), untag(first.w)};
+            const float b[4] = {untag(second.x), untag(second.y), untag(second.z), untag(second.w)};
+            const float cosine[4] = {c[i].x * scale, c[i].y * scale, c[i].z * scale, c[i].w * scale};
+            const float sine[4] = {s[i].x * scale, s[i].y * scale, s[i].z * scale, s[i].w * scale};
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                split(a[e] * cosine[e] - b[e] * sine[e], a[e + 1] * cosine[e + 1] - b[e + 1] * sine[e + 1], q[i][e],
+                      q[i][e + 1]);
+                split(b[e] * cosine[e] + a[e] * sine[e], b[e + 1] * cosine[e + 1] + a[e + 1] * sine[e + 1],
+                      q[i + 2 * kPairs][e], q[i + 2 * kPairs][e + 1]);
             }
         }
     }
 
-    __device__ __forceinline__ void load_q(int g, float* to) const {
-        const float4* from = reinterpret_cast<const float4*>(shared_q + g * D + column * 8);
-        const float4 a = from[0], b = from[1];
-        to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
-    }
-
-    __device__ static int head_lane(int g) { return g / kScores; }  // bits 0-1 of the lanes that hold head g
-
-    // Twice eight tokens, of which the first count[0] and count[1] in the order (load, member) exist.
-    __device__ __forceinline__ void update(const uint4 (&k)[kTiles][kLoads], uint4 (&v)[kTiles][kLoads],
-                                           const int (&count)[kTiles]) {
-        float scores[kTiles][kLoads * GP];
+    // Two tiles' keys and then values at shared addresses tile[.]; of this warp's 8 tokens the first count[.] exist.
+    __device__ __forceinline__ void update(const uint32_t (&tile)[2], const int (&count)[2], int warp, int lane) {
+        const int g = lane >> 2, t = lane & 3;
+        uint4 k[2][kPieces];
 #pragma unroll
-        for (int g = 0; g < GP; ++g) {
-            if constexpr (!kHoldsQ) load_q(g, q);
+        for (int i = 0; i < 2; ++i)
 #pragma unroll
-            for (int t = 0; t < kTiles; ++t)
+            for (int j = 0; j < kPieces;
+                 ++j)  // neighbouring tokens in another order, so that they read different banks
+                k[i][j] = load_shared(tile[i] + (warp * 8 + g) * kRowBytes + (j ^ (g & 1)) * 64 + t * 16);
+        float c[2][2][4] = {};
 #pragma unroll
-                for (int i = 0; i < kLoads; ++i) {
-                    float f[8], dot = 0.f;
-                    unpack(k[t][i], f);
+        for (int i = 0; i < 2; ++i)
 #pragma unroll
-                    for (int e = 0; e < 8; ++e) dot = fmaf(q[(kHoldsQ ? g * 8 : 0) + e], f[e], dot);
-                    scores[t][i * GP + g] = dot;
+            for (int j = 0; j < kPieces; ++j) {
+                const uint4 piece = g & 1 ? k[i][j ^ 1] : k[i][j];
+                multiply(c[i][0], q[2 * j], piece.x, piece.y);
+                multiply(c[i][1], q[2 * j + 1], piece.z, piece.w);
+            }
+        uint4 v[2][2][kHalves];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int h = 0; h < kHalves; ++h) {
+                    v[i][n][h] =
+                        load_shared(tile[i] + kTileBytes + (warp * 8 + 2 * t + n) * kRowBytes + h * 128 + g * 16);
+                    // Past the context's end lies whatever was there, NaN perhaps, which a weight of 0 does not remove.
+                    if (2 * t + n >= count[i]) v[i][n][h] = make_uint4(0, 0, 0, 0);
                 }
+        float score[2][2], largest = maximum;
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                score[i][n] = c[i][0][n] + c[i][0][n + 2] + c[i][1][n] + c[i][1][n + 2];
+                if (2 * t + n >= count[i]) score[i][n] = -INFINITY;
+                largest = fmaxf(largest, score[i][n]);
+            }
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+        if (__any_sync(0xffffffffu, largest > maximum)) {
+            const float factor = fast_exp2(maximum - largest);
+            maximum = largest;
+            sum *= factor;
+#pragma unroll
+            for (int i = 0; i < 8 * kHalves; ++i)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) out[i][e] *= factor;
+        }
+        uint32_t weight[4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float first = fast_exp2(score[i][0] - maximum), second = fast_exp2(score[i][1] - maximum);
+            sum += first + second;
+            split(first, second, weight[2 * i], weight[2 * i + 1]);
         }
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) transposed_sum<kLanes / 2, 1, kLoads * GP>(scores[t], lane);
-
-        float largest[kScores];
-        bool grows = false;
-#pragma unroll
-        for (int i = 0; i < kScores; ++i) {
-            largest[i] = maximum[i];
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t) {
-                if ((column >> 2) * kPerLoad + member >= count[t]) scores[t][i] = -INFINITY;
-                largest[i] = fmaxf(largest[i], scores[t][i]);
-            }
-#pragma unroll
-            for (int mask = 4; mask < 32; mask *= 2)
-                largest[i] = fmaxf(largest[i], __shfl_xor_sync(0xffffffffu, largest[i], mask));
-            grows |= largest[i] > maximum[i];
-        }
-        if (__any_sync(0xffffffffu, grows)) rescale(largest);
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-            for (int i = 0; i < kScores; ++i) {
-                scores[t][i] = exp2f(scores[t][i] - maximum[i]);
-                sum[i] += scores[t][i];
-            }
-            // Past the context's end the ring holds whatever was there, NaN perhaps, which a weight of 0 does not
-            // remove.
-            if (count[t] < 8) {
-#pragma unroll
-                for (int i = 0; i < kLoads; ++i)
-                    if (i * kPerLoad + member >= count[t]) v[t][i] = make_uint4(0, 0, 0, 0);
-            }
-#pragma unroll
-            for (int i = 0; i < kLoads; ++i) {
-                float f[8];
-                unpack(v[t][i], f);
-#pragma unroll
-                for (int g = 0; g < GP; ++g) {
-                    const int source = member * kLanes + i * 4 + head_lane(g);
-                    const float weight = __shfl_sync(0xffffffffu, scores[t][g % kScores], source);
-#pragma unroll
-                    for (int e = 0; e < 8; ++e) out[g * 8 + e] = fmaf(weight, f[e], out[g * 8 + e]);
-                }
-            }
-        }
-    }
-
-    __device__ __forceinline__ void rescale(const float (&largest)[kScores]) {
-        float factor[kScores];
-#pragma unroll
-        for (int i = 0; i < kScores; ++i) {
-            factor[i] = exp2f(maximum[i] - largest[i]);
-            sum[i] *= factor[i];
-            maximum[i] = largest[i];
-        }
-#pragma unroll
-        for (int g = 0; g < GP; ++g) {
-            const float f = __shfl_sync(0xffffffffu, factor[g % kScores], head_lane(g));
-#pragma unroll
-            for (int e = 0; e < 8; ++e) out[g * 8 + e] *= f;
+        for (int h = 0; h < kHalves; ++h) {
+            const auto both = [&](int i, uint32_t a, uint32_t b, uint32_t a2, uint32_t b2) {
+                multiply(out[8 * h + 2 * i], weight, __byte_perm(a, b, 0x5410), __byte_perm(a2, b2, 0x5410));
+                multiply(out[8 * h + 2 * i + 1], weight, __byte_perm(a, b, 0x7632), __byte_perm(a2, b2, 0x7632));
+            };
+            both(0, v[0][0][h].x, v[0][1][h].x, v[1][0][h].x, v[1][1][h].x);
+            both(1, v[0][0][h].y, v[0][1][h].y, v[1][0][h].y, v[1][1][h].y);
+            both(2, v[0][0][h].z, v[0][1][h].z, v[1][0][h].z, v[1][1][h].z);
+            both(3, v[0][0][h].w, v[0][1][h].w, v[1][0][h].w, v[1][1][h].w);
         }
     }
 
     // The warp's partial result to shared memory.
-    __device__ __forceinline__ void store(const AttentionScratch& scratch, int warp) {
+    __device__ __forceinline__ void store(float* scratch, float2* state, int group, int warp, int lane) {
+        const int g = lane >> 2, t = lane & 3;
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (g >= group) return;
+        float* head = scratch + (warp * group + g) * (D + kOutPadding) + t * 4;
 #pragma unroll
-        for (int i = 0; i < kScores; ++i) {
+        for (int h = 0; h < kHalves; ++h)
 #pragma unroll
-            for (int mask = 4; mask < 32; mask *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], mask);
-        }
-        constexpr int kHeld = GP * 8 / kPerLoad;  // elements left to a lane: those from member * kHeld on
-        transposed_sum<16, kLanes, GP * 8>(out, lane);
-        float* target = scratch.out + warp * GP * D;
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-            const int element = member * kHeld + i;
-            target[element / 8 * D + column * 8 + element % 8] = out[i];
-        }
-        if (lane < 4) {
-#pragma unroll
-            for (int i = 0; i < kScores; ++i)
-                scratch.state[warp * GP + lane * kScores + i] = make_float2(maximum[i], sum[i]);
-        }
+            for (int j = 0; j < 4; ++j) {
+                const auto element = [&](int e) {
+                    const float (&c)[4] = out[8 * h + j % 2 * 4 + e];
+                    return c[j / 2] + c[j / 2 + 2];
+                };
+                *reinterpret_cast<float4*>(head + h * 64 + j * 16) =
+                    make_float4(element(0), element(1), element(2), element(3));
+            }
+        if (t == 0) state[warp * group + g] = make_float2(maximum, sum);
+    }
+    // Which element of a head the i-th stored float of it is.
+    __device__ __forceinline__ static int output_element(int i) {
+        return (i & ~63) + (i >> 2 & 3) * 16 + (i >> 4 & 3) * 4 + (i & 3);
     }
 };
 
-// Rotates one head of q (to fp32, scaled) or the new k (to bf16), or copies the new v. One warp an item.
+// Rotates the new key and puts key and value into the cache, for later steps, and into their rows of the tile in the
+// ring, where the others are. One warp.
 template <int D>
-__device__ __forceinline__ void stage_head(const Params& p, const Step& step, uint32_t use, const uint32_t* source,
-                                           float* q, bf16* kv, bool rotate, int lane) {
-    constexpr int kWords = D / 32;  // elements lane, lane + 32, ...: the first half rotates with the second
-    uint32_t word[kWords];
+__device__ __forceinline__ void append_token(const Params& p, const Step& step, int head, int layer,
+                                             const uint4 (&fresh)[D / 64], uint32_t tile_row, int lane) {
+    const int64_t block = *p.slot * static_cast<int64_t>(p.blocks_per_slot) + step.position / kTileTokens;
+    const int64_t target = layer * p.stride_cache_layer +
+                           ((block * p.num_kv_heads + head) * kTileTokens + step.position % kTileTokens) * D;
+    const int64_t angle = static_cast<int64_t>(step.position) * (D / 2) + lane * 4 % (D / 2);
+    const float4 c = __ldg(reinterpret_cast<const float4*>(p.cos + angle));
+    const float4 s = __ldg(reinterpret_cast<const float4*>(p.sin + angle));
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) word[i] = load_volatile(source + lane + i * 32);
-    Watchdog watchdog;
-    for (;;) {
-        uint32_t stale = 0;
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) stale |= word[i] ^ use;
-        if (__all_sync(0xffffffffu, (stale & 3u) == 0)) break;
-        watchdog.check();
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) word[i] = load_volatile(source + lane + i * 32);
+    for (int i = 0; i < D / 64; ++i) {
+        const bool is_value = i * 32 + lane >= D / 4;
+        const int d = (i * 32 + lane) % (D / 4) * 4;
+        const float sign = d < D / 2 ? -1.f : 1.f;
+        const auto turned = [&](uint32_t word, float cosine, float sine) {
+            const float x = untag(word), other = __shfl_xor_sync(0xffffffffu, x, D / 8);
+            return is_value ? x : x * cosine + sign * other * sine;
+        };
+        const float x = turned(fresh[i].x, c.x, s.x), y = turned(fresh[i].y, c.y, s.y);
+        const float z = turned(fresh[i].z, c.z, s.z), w = turned(fresh[i].w, c.w, s.w);
+        const uint2 rounded = {common::Pack<bf16>::from_floats(x, y), common::Pack<bf16>::from_floats(z, w)};
+        *reinterpret_cast<uint2*>((is_value ? p.v_cache : p.k_cache) + target + d) = rounded;
+        asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(tile_row + (is_value ? kTileTokens * D * 2 : 0) + d * 2),
+                     "r"(rounded.x), "r"(rounded.y)
+                     : "memory");
     }
-#pragma unroll
-    for (int i = 0; i < kWords / 2; ++i) {
-        const int d = lane + i * 32;
-        const int64_t angle = static_cast<int64_t>(step.position) * (D / 2) + d;
-        const float c = rotate ? __ldg(p.cos + angle) : 1.f, s = rotate ? __ldg(p.sin + angle) : 0.f;
-        const float a = untag(word[i]), b = untag(word[i + kWords / 2]);
-        const float low = a * c - b * s, high = b * c + a * s;
-        if (q != nullptr) {
-            q[d] = low * p.softmax_scale_log2;
-            q[d + D / 2] = high * p.softmax_scale_log2;
-        } else {
-            kv[d] = __float2bfloat16_rn(low);
-            kv[d + D / 2] = __float2bfloat16_rn(high);
-        }
-    }
+    // Before the slot's next copy.
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
 }
 
 // All partial results of this block, and then of the head's other blocks, into p.attn.
-template <int D, int GP>
-__device__ __forceinline__ void merge(const Params& p, const AttentionWork& work, const AttentionScratch& scratch,
-                                      uint32_t use, int warp, int lane, SharedState& shared) {
-    const int group = p.num_heads / p.num_kv_heads, outputs = group * D, thread = warp * 32 + lane;
+template <int D>
+__device__ __forceinline__ void merge(const Params& p, const AttentionWork& work, const float* scratch,
+                                      const float2* states, uint32_t use, int thread, SharedState& shared) {
+    const int group = p.group, outputs = group * D;
     const int row = work.head * p.max_splits + work.split;
+    const auto publish_output = [&](int i, float value) {
+        const int element = i / D * D + Attention<D>::output_element(i % D);
+        publish(p.attn + packet_index(work.head * outputs + element), value, use);
+    };
+#pragma unroll 1
     for (int i = thread; i < outputs; i += kMathThreads) {
         const int g = i / D;
-        float maximum = Attention<D, GP>::kNoScore, sum = 0.f, out = 0.f;
-#pragma unroll
-        for (int w = 0; w < kMathWarps; ++w) maximum = fmaxf(maximum, scratch.state[w * GP + g].x);
+        float2 state[kMathWarps];
+        float part[kMathWarps], maximum = Attention<D>::kNoScore, sum = 0.f, out = 0.f;
 #pragma unroll
         for (int w = 0; w < kMathWarps; ++w) {
-            const float2 state = scratch.state[w * GP + g];
-            const float factor = exp2f(state.x - maximum);
-            sum = fmaf(factor, state.y, sum);
-            out = fmaf(factor, scratch.out[w * GP * D + i], out);
+            state[w] = states[w * group + g];
+            part[w] = scratch[(w * group + g) * (D + kOutPadding) + i % D];
+            maximum = fmaxf(maximum, state[w].x);
+        }
+#pragma unroll
+        for (int w = 0; w < kMathWarps; ++w) {
+            const float factor = fast_exp2(state[w].x - maximum);
+            sum = fmaf(factor, state[w].y, sum);
+            out = fmaf(factor, part[w], out);
         }
         if (work.num_splits == 1) {
-            publish(p.attn + packet_index(work.head * outputs + i), out / sum, use);
+            publish_output(i, __fdividef(out, sum));
             continue;
         }
         publish(p.split_out + row * outputs + i, __float_as_uint(out), use);
@@ -244,132 +259,85 @@ __device__ __forceinline__ void merge(const Params& p, const AttentionWork& work
 
     // Each split's block merges its share of the outputs, `num_splits` lanes an output.
     PROFILE_BEGIN(merge_began);
-    const int splits = work.num_splits, share = outputs / splits, split = thread % splits;
-    constexpr int kPasses = GP * D / kMathThreads;
-    uint64_t value[kPasses], state_max[kPasses], state_sum[kPasses];
-    const uint64_t *from[kPasses], *state_from[kPasses];
-    int output[kPasses];
+    const int splits = work.num_splits, split = thread & (splits - 1), share = outputs / splits;
+#pragma unroll 1
+    for (int n = thread; n < outputs; n += kMathThreads) {
+        const int i = work.split * share + n / splits, other = work.head * p.max_splits + split;
+        const uint64_t* state = p.split_state + (other * group + i / D) * 2;
+        const uint64_t* from[3] = {p.split_out + other * outputs + i, state, state + 1};
+        uint64_t pair[3];
+        Watchdog watchdog;
+        for (;;) {
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-        const int own = thread / splits + pass * (kMathThreads / splits);
-        output[pass] = own < share ? work.split * share + own : -1;
-        const int i = max(output[pass], 0), other = work.head * p.max_splits + split;
-        from[pass] = p.split_out + other * outputs + i;
-        state_from[pass] = p.split_state + (other * group + i / D) * 2;
-        value[pass] = load_volatile(from[pass]);
-        state_max[pass] = load_volatile(state_from[pass]);
-        state_sum[pass] = load_volatile(state_from[pass] + 1);
-    }
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-        const auto finish = [use](uint64_t pair, const uint64_t* p) {
-            Watchdog watchdog;
-            while (static_cast<uint32_t>(pair >> 32) != use) {
-                watchdog.check();
-                pair = load_volatile(p);
-            }
-            return __uint_as_float(static_cast<uint32_t>(pair));
-        };
-        float maximum = finish(state_max[pass], state_from[pass]), sum = finish(state_sum[pass], state_from[pass] + 1);
-        float out = finish(value[pass], from[pass]);
+            for (int k = 0; k < 3; ++k) pair[k] = load_volatile(from[k]);
+            if (pair[0] >> 32 == use && pair[1] >> 32 == use && pair[2] >> 32 == use) break;
+            watchdog.check();
+        }
         __syncwarp();
-        float largest = maximum;
+        float out = __uint_as_float(static_cast<uint32_t>(pair[0]));
+        const float maximum = __uint_as_float(static_cast<uint32_t>(pair[1]));
+        float sum = __uint_as_float(static_cast<uint32_t>(pair[2])), largest = maximum;
         for (int mask = splits / 2; mask > 0; mask /= 2)
             largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
-        const float factor = exp2f(maximum - largest);
+        const float factor = fast_exp2(maximum - largest);
         sum *= factor, out *= factor;
         for (int mask = splits / 2; mask > 0; mask /= 2) {
             sum += __shfl_xor_sync(0xffffffffu, sum, mask);
             out += __shfl_xor_sync(0xffffffffu, out, mask);
         }
-        if (split == 0 && output[pass] >= 0)
-            publish(p.attn + packet_index(work.head * outputs + output[pass]), out / sum, use);
+        if (split == 0) publish_output(i, __fdividef(out, sum));
     }
     PROFILE_END(shared, 18, merge_began);
 }
 
-template <int D, int GP>
+template <int D>
 __device__ __forceinline__ void attention(const Params& p, const Step& step, int layer, int warp, int lane,
-                                          RingReader& ring, unsigned char* memory, SharedState& shared) {
+                                          RingReader& ring, float* scratch, SharedState& shared) {
     const AttentionWork work = attention_of_block(p, step.position, blockIdx.x);
     if (work.head < 0) return;
     // Pinned: addresses derived from the lane are not worth registers that stay taken between layers.
     lane = pinned(lane);
-    const AttentionScratch scratch = attention_scratch<D, GP>(memory);
     const uint32_t use = step.first_use + layer;
-    const int group =
-        p.num_heads / p.num_kv_heads;  // below GP: the last heads of the scratch are never written, nor used
-    const bool has_new = work.split == 0;
+    const int group = p.group;
+    float2* states = reinterpret_cast<float2*>(scratch + kMathWarps * group * (D + kOutPadding));
 
     PROFILE_BEGIN(q_began);
-    const uint32_t* new_k = p.qkv + (p.num_heads + work.head) * D;
-    for (int item = warp; item < group + (has_new ? 2 : 0); item += kMathWarps) {
-        if (item < group)
-            stage_head<D>(p, step, use, p.qkv + (work.head * group + item) * D, scratch.q + item * D, nullptr, true,
-                          lane);
-        else
-            stage_head<D>(p, step, use, item == group ? new_k : new_k + p.num_kv_heads * D, nullptr,
-                          item == group ? scratch.k : scratch.v, item == group, lane);
-    }
-    common::named_sync(1, kMathThreads);
+    const int new_tile = step.position / kTileTokens, new_row = step.position % kTileTokens;
+    const bool appends = new_tile < work.tile_end && new_row / 8 == warp;
+    Attention<D> state;
+    state.load_words(p, step, use, work.head, group, appends, lane);
     PROFILE_END(shared, 15, q_began);
 
     PROFILE_BEGIN(tiles_began);
-    Attention<D, GP> state(lane, scratch.q, group);
-
-    constexpr int kLoads = Attention<D, GP>::kLoads, kPerLoad = Attention<D, GP>::kPerLoad;
-    constexpr uint32_t kTileBytes = kTileTokens * D * 2;
-    const uint32_t lane_offset = (warp * 8 + state.member) * (D * 2) + state.column * 16;
-    constexpr int kTiles = Attention<D, GP>::kTiles;
-    // The new token is one more tile, of one token, before the others.
+    constexpr int kTileBytes = Attention<D>::kTileBytes, kInSlot = kSlotBytes / (2 * kTileBytes);
 #pragma unroll 1
-    for (int first = work.tile_begin - (has_new ? 1 : 0); first < work.tile_end; first += kTiles) {
-        uint4 k[kTiles][kLoads] = {}, v[kTiles][kLoads] = {};
-        int count[kTiles];
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-            const int tile = first + t;
-            if (tile < work.tile_begin) {
-                k[t][0] = reinterpret_cast<const uint4*>(scratch.k)[state.column];
-                v[t][0] = reinterpret_cast<const uint4*>(scratch.v)[state.column];
-                count[t] = warp == 0 ? 1 : 0;
-            } else if (tile < work.tile_end) {
-                uint32_t chunk = ring.acquire(kTileBytes) + lane_offset;
-#pragma unroll
-                for (int i = 0; i < kLoads; ++i) k[t][i] = load_shared(chunk + i * kPerLoad * (D * 2));
-                chunk = ring.acquire(kTileBytes) + lane_offset;
-#pragma unroll
-                for (int i = 0; i < kLoads; ++i) v[t][i] = load_shared(chunk + i * kPerLoad * (D * 2));
-                ring.release(lane);
-                ring.release(lane);
-                count[t] = step.position - tile * kTileTokens - warp * 8;
-            } else {
-                count[t] = 0;
-            }
-        }
-        if (count[0] > 0 || count[kTiles - 1] > 0) state.update(k, v, count);
+    for (int first = work.tile_begin; first < work.tile_end; first += 2) {
+        const bool has_second = first + 1 < work.tile_end;
+        uint32_t tile[2];
+        tile[0] = ring.acquire();
+        tile[1] = kInSlot == 2 ? tile[0] + 2 * kTileBytes : has_second ? ring.acquire() : tile[0];
+        const int before = step.position + 1 - first * kTileTokens - warp * 8;
+        const int count[2] = {before, has_second ? before - kTileTokens : 0};
+        if (appends && new_tile - first < 2)
+            append_token<D>(p, step, work.head, layer, state.fresh,
+                            (new_tile == first ? tile[0] : tile[1]) + new_row * Attention<D>::kRowBytes, lane);
+        if (before > 0) state.update(tile, count, warp, lane);
+        ring.release(lane);
+        if (kInSlot == 1 && has_second) ring.release(lane);
     }
     PROFILE_END(shared, 16, tiles_began);
 
     PROFILE_BEGIN(combine_began);
-    state.store(scratch, warp);
+    state.store(scratch, states, group, warp, lane);
     common::named_sync(1, kMathThreads);
-    merge<D, GP>(p, work, scratch, use, warp, lane, shared);
+    merge<D>(p, work, scratch, states, use, warp * 32 + lane, shared);
     PROFILE_END(shared, 17, combine_began);
 
-    // The new token enters the cache for later steps. The fence makes it visible before anything that this block
-    // publishes from here on, and so to every loader of the next step.
-    if (has_new && warp == 0) {
-        if (lane < D / 8) {
-            const int64_t block = *p.slot * static_cast<int64_t>(p.blocks_per_slot) + step.position / kTileTokens;
-            const int64_t target =
-                layer * p.stride_cache_layer +
-                ((block * p.num_kv_heads + work.head) * kTileTokens + step.position % kTileTokens) * D;
-            reinterpret_cast<uint4*>(p.k_cache + target)[lane] = reinterpret_cast<const uint4*>(scratch.k)[lane];
-            reinterpret_cast<uint4*>(p.v_cache + target)[lane] = reinterpret_cast<const uint4*>(scratch.v)[lane];
-            __threadfence();
-            asm volatile("fence.proxy.async.global;" ::: "memory");
-        }
+    // The new token must be visible before anything that this block publishes from here on, and so to every loader of
+    // the next step.
+    if (appends) {
+        __threadfence();
+        asm volatile("fence.proxy.async.global;" ::: "memory");
         __syncwarp();
     }
 }

@@ -19,15 +19,15 @@ PYBIND11_MODULE(decode_step, module) {
     // clang-format off
     POINTER(layers); POINTER(embed); POINTER(final_norm); POINTER(lm_head); POINTER(cos); POINTER(sin);
     POINTER(k_cache); POINTER(v_cache); POINTER(token_id); POINTER(position); POINTER(slot); POINTER(stop_ids);
-    POINTER(first_stop_position); POINTER(last_position); POINTER(temperature); POINTER(seed); POINTER(request);
+    POINTER(first_stop_position); POINTER(last_position); POINTER(temperature); POINTER(top_p); POINTER(min_p);
+    POINTER(top_k); POINTER(seed); POINTER(request);
     POINTER(sample); POINTER(logits); POINTER(drawn); POINTER(x_attn); POINTER(x_mlp); POINTER(qkv); POINTER(attn);
-    POINTER(act); POINTER(split_out); POINTER(split_state); POINTER(candidates); POINTER(steps_done);
+    POINTER(act); POINTER(split_out); POINTER(split_state); POINTER(ballots); POINTER(steps_done);
     POINTER(profile);
     NUMBER(stride_cache_layer); NUMBER(blocks_per_slot); NUMBER(max_positions); NUMBER(num_layers);
     NUMBER(hidden_size); NUMBER(num_heads); NUMBER(num_kv_heads); NUMBER(vocab_size); NUMBER(rms_norm_eps);
-    NUMBER(softmax_scale_log2); NUMBER(ring_bytes); NUMBER(max_streaming); NUMBER(max_exchanging);
-    NUMBER(exchange_chunks); NUMBER(max_prefetch); NUMBER(prefetch_cycles); NUMBER(max_splits);
-    NUMBER(single_split_tiles); NUMBER(num_stop_ids); NUMBER(num_steps); NUMBER(draws);
+    NUMBER(softmax_scale_log2); NUMBER(max_streaming); NUMBER(max_exchanging); NUMBER(exchange_chunks);
+    NUMBER(max_splits); NUMBER(single_split_tiles); NUMBER(num_stop_ids); NUMBER(num_steps); NUMBER(draws);
     // clang-format on
 #undef NUMBER
 #undef POINTER
@@ -35,8 +35,10 @@ PYBIND11_MODULE(decode_step, module) {
         p.linear[op] = decode_step::make_linear(rows, k, row_unit);
     });
 
-    // Kernels for 5 to 8 query heads a kv head exist where their accumulators fit into registers.
-    module.def("max_group", [](int head_dim) { return head_dim == 64 ? decode_step::kMaxGroup : 4; }, "head_dim"_a);
+    module.attr("max_group") = decode_step::kMaxGroup;
+    module.attr("slot_bytes") = decode_step::kSlotBytes;
+    module.attr("max_head_rows") = decode_step::kMaxHeadRows;
+    module.attr("ballot_stride") = decode_step::kBallotStride;
     module.attr("max_splits") = decode_step::kMaxSplits;
     module.attr("profile_slots") = 32;
     module.def(

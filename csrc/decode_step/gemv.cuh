@@ -5,12 +5,6 @@
 
 namespace decode_step {
 
-// Keeps a value in a register: the compiler may not fetch it again from where it came.
-__device__ __forceinline__ int pinned(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
-
 struct GemvInput {
     const uint32_t* words;  // x as tagged words of use `use`, or null:
     uint32_t use;
@@ -29,9 +23,8 @@ __device__ __forceinline__ float load_input(const GemvInput& in, int slice, int 
     }
     if (in.words != nullptr) {
         uint4 v[2 * U];
-        await(
-            v, reinterpret_cast<const uint4*>(in.words) + slice * U * (kUnit / 4) + lane, [](int i) { return i * 32; },
-            in.use);
+        const uint4* words = reinterpret_cast<const uint4*>(in.words) + slice * U * (kUnit / 4) + lane;
+        await(v, [words](int i) { return words + i * 32; }, in.use);
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             const uint4 a = v[2 * u], b = v[2 * u + 1];
@@ -137,11 +130,27 @@ __device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInp
                                      SharedState& shared) {
     constexpr int kRows = rows_per_warp(U), kChunks = kBatchRows / kRows;
     const int slice = warp % linear.k_slices, group = warp / linear.k_slices;
-    const int chunk_rows = pinned(linear.chunk_rows), num_chunks = (num_rows + chunk_rows - 1) / chunk_rows;
-    const uint32_t row_bytes = pinned(linear.k * 2), chunk_bytes = chunk_rows * row_bytes;
+    const int num_chunks = ((num_rows - 1) >> (linear.row_bits + linear.group_bits)) + 1;
+    const uint32_t row_bytes = pinned(linear.k * 2);
     const uint32_t lane_offset = group * kRows * row_bytes + slice * U * (kUnit * 2) + lane * 16;
 
     PROFILE_BEGIN(op_began);
+    // Two chunks in turn: while one is multiplied, the other is on its way from shared memory.
+    const bool signals = warp == 0 && lane == 0;
+    const int exchange_from = max(num_chunks - exchange_chunks, 0);
+    uint4 even[kRows][U], odd[kRows][U] = {};
+    const auto load_chunk = [&](uint4(&w)[kRows][U]) {
+        PROFILE_BEGIN(wait_began);
+        const uint32_t chunk = ring.acquire() + lane_offset;
+        PROFILE_END(shared, 5 + op, wait_began);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+            for (int u = 0; u < U; ++u) w[r][u] = load_shared(chunk + r * row_bytes + u * (kUnit * 2));
+    };
+    load_chunk(even);  // while x is on its way; registers then are one more slot of the ring
+    ring.release(lane);
+    PROFILE_BEGIN(input_began);
     float sum_squares;
     SplitInput<U> x;
     {
@@ -149,33 +158,21 @@ __device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInp
         sum_squares = load_input<U>(in, slice, lane, wide);
         x.set(wide);
     }
-    PROFILE_END(shared, op, op_began);
-
-    // Two chunks in turn: while one is multiplied, the other is on its way from shared memory.
-    const bool signals = warp == 0 && lane == 0;
-    const int exchange_from = max(num_chunks - exchange_chunks, 0);
+    PROFILE_END(shared, op, input_began);
     if (signals) *static_cast<volatile uint32_t*>(&shared.ring.exchanging) = 0;
-    uint4 even[kRows][U], odd[kRows][U] = {};
-    bool here = false;
-    const auto load_chunk = [&](uint4(&w)[kRows][U]) {
-        PROFILE_BEGIN(wait_began);
-        const uint32_t chunk = ring.acquire(chunk_bytes, here) + lane_offset;
-        PROFILE_END(shared, 5 + op, wait_began);
+    if (in.norm != nullptr) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r)
-#pragma unroll
-            for (int u = 0; u < U; ++u) w[r][u] = load_shared(chunk + r * row_bytes + u * (kUnit * 2));
-    };
+        for (int mask = 16; mask > 0; mask >>= 1) sum_squares += __shfl_xor_sync(0xffffffffu, sum_squares, mask);
+    }
     const auto multiply_chunk = [&](int c, const uint4(&w)[kRows][U], uint4(&next)[kRows][U]) {
         const uint32_t buffer = batch_count % kBatchBuffers, round = batch_count / kBatchBuffers;
         Batch& batch = shared.batch[buffer];
         if (c % kChunks == 0) wait_phase(common::shared_address(&shared.batch_empty[buffer]), (round & 1) ^ 1);
-        ring.release(lane);
+        if (c > 0) ring.release(lane);
         if (signals && c == exchange_from) *static_cast<volatile uint32_t*>(&shared.ring.exchanging) = 1;
         if (c + 1 < num_chunks) load_chunk(next);
         float sums[kRows];
         multiply_rows<U, kRows>(w, x, lane, sums);
-        here = c + 2 < num_chunks && ring.peek();
         if (is_diagonal(lane)) store_floats<kRows>(&batch.part[warp * 8 + lane / 4][c % kChunks * kRows], sums);
         if (c % kChunks == kChunks - 1 || c + 1 == num_chunks) {
             if (lane == 1) batch.sum_squares[warp] = sum_squares;
@@ -184,11 +181,6 @@ __device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInp
             ++batch_count;
         }
     };
-    load_chunk(even);
-    if (in.norm != nullptr) {
-#pragma unroll
-        for (int mask = 16; mask > 0; mask >>= 1) sum_squares += __shfl_xor_sync(0xffffffffu, sum_squares, mask);
-    }
 #pragma unroll 1
     for (int c = 0; c < num_chunks; c += 2) {
         multiply_chunk(c, even, odd);

@@ -20,12 +20,8 @@ namespace decode_step {
 // A deadlock is a bug; it must end in an error, not in a hung GPU.
 struct Watchdog {
     uint32_t spins = 0;
-    int64_t began = 0;
     __device__ __forceinline__ void check() {
-        if ((++spins & 1023) != 0) return;
-        const int64_t now = clock64();
-        if (began == 0) began = now;
-        if (now - began > (int64_t{1} << 33)) __trap();  // 4 s
+        if (++spins == 1u << 24) __trap();  // some seconds
     }
 };
 
@@ -77,29 +73,30 @@ __device__ __forceinline__ float await(const uint32_t* p, uint32_t use) {
     return untag(word);
 }
 
-// Polls N vectors of tagged words at p[index(0..N-1)]; the whole warp leaves together, with all words current. All
-// blocks read the same few lines, so polling costs the L2 more than the data does: the first vector alone is polled
-// until it is there, and what is then still missing of the others.
-template <int N, typename Index>
-__device__ __forceinline__ void await(uint4 (&v)[N], const uint4* p, Index index, uint32_t use) {
+// Polls N vectors of tagged words at address(0..N-1); the whole warp leaves together, with all words current. All
+// blocks read the same few lines, and polling many costs the L2 more than the data does: of more than kPolledVectors,
+// the first alone is polled until it is there, and then all.
+constexpr int kPolledVectors = 2;
+
+template <int N, typename Address>
+__device__ __forceinline__ void await(uint4 (&v)[N], Address address, uint32_t use) {
+    constexpr int kAlone = N > kPolledVectors ? 1 : 0;
     Watchdog watchdog;
-    v[0] = load_volatile(p + index(0));
-    while (!__all_sync(0xffffffffu, is_current(v[0], use))) {
-        watchdog.check();
-        v[0] = load_volatile(p + index(0));
+    if constexpr (kAlone) {
+        do {
+            watchdog.check();
+            v[0] = load_volatile(address(0));
+        } while (!__all_sync(0xffffffffu, is_current(v[0], use)));
     }
-#pragma unroll
-    for (int i = 1; i < N; ++i) v[i] = load_volatile(p + index(i));
-    for (;;) {
-        bool done = true;
-#pragma unroll
-        for (int i = 1; i < N; ++i) done &= is_current(v[i], use);
-        if (__all_sync(0xffffffffu, done)) return;
+    bool done;
+    do {
         watchdog.check();
+        done = true;
 #pragma unroll
-        for (int i = 1; i < N; ++i)
-            if (!is_current(v[i], use)) v[i] = load_volatile(p + index(i));
-    }
+        for (int i = kAlone; i < N; ++i) v[i] = load_volatile(address(i));
+#pragma unroll
+        for (int i = kAlone; i < N; ++i) done &= is_current(v[i], use);
+    } while (!__all_sync(0xffffffffu, done));
 }
 
 // Where element k of a projection's input lies: a lane needs the eight elements 8 lane .. 8 lane + 7 of a unit, and

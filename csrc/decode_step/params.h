@@ -21,10 +21,13 @@ constexpr int kTileTokens = 64;                  // one cache block of one head 
 constexpr int kUnit = 256;                       // columns that a warp reads of a row with one 16-byte load a lane
 constexpr int kUnitChoices[] = {1, 2, 3, 4, 7};  // units of a row that one warp may own: its slice of x is in registers
 constexpr int kBatchRows = 16;                   // rows that a warp sums across its lanes at once
-constexpr int kBatchBuffers = 4;                 // batches of partial rows in flight between math warps and epilogue
-constexpr int kRingSlots = 32;                   // chunks in flight at most
-constexpr int kMaxSplits = 16;                   // context splits of one kv head
-constexpr int kMaxGroup = 8;                     // query heads of one kv head
+constexpr int kBatchBuffers = 3;                 // batches of partial rows in flight between math warps and epilogue
+constexpr int kSlotBytes = 32 * 1024;            // of the ring: a chunk or less
+constexpr int kMaxSlots = 8;
+constexpr int kMaxSplits = 16;      // context splits of one kv head
+constexpr int kMaxGroup = 8;        // query heads of one kv head
+constexpr int kMaxHeadRows = 1024;  // of the vocabulary, a block
+constexpr int kBallotWords = 7, kBallotStride = 8;
 
 enum Op { kQkv = 0, kO = 1, kGateUp = 2, kDown = 3, kHead = 4, kNumOps = 5 };
 
@@ -37,7 +40,7 @@ struct LayerPointers {
 struct Linear {
     int rows, k;
     int row_unit;  // rows are dealt to blocks in multiples of this
-    int units, k_slices, chunk_rows;
+    int units, k_slices, chunk_rows, chunk_bytes;
     int row_bits, group_bits;  // log2 of rows_per_warp(units) and of 8 / k_slices
 };
 
@@ -55,10 +58,10 @@ struct Params {
     int64_t stride_cache_layer;                // elements
     int blocks_per_slot, max_positions;        // max_positions: the smaller of the slot's and the table's length
     int num_layers, hidden_size, num_heads, num_kv_heads, vocab_size;
+    int group;                               // query heads of one kv head
     float rms_norm_eps, softmax_scale_log2;  // log2(e) / sqrt(D)
     Linear linear[kNumOps];
-    int ring_bytes, max_streaming, max_exchanging, exchange_chunks, max_prefetch, prefetch_cycles, max_splits,
-        single_split_tiles;
+    int num_slots, max_streaming, max_exchanging, exchange_chunks, max_splits, single_split_tiles;
 
     // Decode state of the one row: where the step reads its input and leaves its output.
     int64_t* token_id;                                   // [1]
@@ -68,18 +71,20 @@ struct Params {
     const int32_t *first_stop_position, *last_position;  // [1]; null without stop_ids
     int num_stop_ids;
     const float* temperature;                // [1], 0 is greedy; null: greedy
+    const float *top_p, *min_p;              // [1] each
+    const int64_t* top_k;                    // [1], 0: no limit; has no effect beside a top_p below 1
     const int64_t *seed, *request, *sample;  // [1] each, the generator's key
     int num_steps;                           // tokens that one launch decodes
     bool draws;                              // false: logits only; state stays as it is and num_steps is 1
     float* logits;                           // [V] of the last step, or null
     int64_t* drawn;                          // [num_steps], the tokens drawn; null if !draws
 
-    // Activations on their way between blocks (packet.cuh). Zeroed once, with `steps_done`; then never again.
+    // What is on its way between blocks (packet.cuh). Zeroed once, with `steps_done`; then never again.
     uint32_t *x_attn, *x_mlp, *qkv, *attn, *act;  // tagged words: [H], [H], [(Hq + 2 Hkv) D], [Hq D], [F]
     uint64_t* split_out;                          // [Hkv, max_splits, group D] pairs (value, tag)
     uint64_t* split_state;                        // [Hkv, max_splits, group, 2] pairs (max or sum, tag)
-    uint64_t* candidates;                         // [grid], the best (score, token id) of each block
-    uint32_t* steps_done;                         // [1], counts every step ever made; tags derive from it
+    uint64_t* ballots;                            // [2, grid, 8] pairs (word, tag), see draw.cuh
+    uint32_t* steps_done;                         // [2], all steps and rounds of drawing ever; tags derive from them
     int64_t* profile;                             // [grid, 32] cycles, in builds with DECODE_STEP_PROFILE
 };
 
@@ -90,34 +95,33 @@ struct Rows {
 // The rows of one projection that a block multiplies. The remainder moves around with the layer, so that over a step
 // every block reads nearly the same number of bytes.
 __host__ __device__ inline Rows rows_of_block(const Linear& linear, int op, int layer, int block, int grid) {
-    const int seat = (block + layer * 37 + op * 29) % grid;
     const int pieces = linear.rows / linear.row_unit;
-    const int begin = static_cast<int>(static_cast<int64_t>(seat) * pieces / grid);
-    const int end = static_cast<int>(static_cast<int64_t>(seat + 1) * pieces / grid);
+    const int seat = (block + layer * 37 + op * 29) % grid;
+    const int begin = static_cast<uint32_t>(seat) * pieces / grid,
+              end = static_cast<uint32_t>(seat + 1) * pieces / grid;
     return {begin * linear.row_unit, (end - begin) * linear.row_unit};
 }
 
-// The cached tokens that a block attends to: tiles [tile_begin, tile_end) of one kv head; head < 0: none.
-// The new token belongs to split 0.
+// The tokens that a block attends to, the new one among them: tiles [tile_begin, tile_end) of one kv head; head < 0:
+// none.
 struct AttentionWork {
     int head, split, num_splits, tile_begin, tile_end;
 };
 
 __host__ __device__ inline AttentionWork attention_of_block(const Params& p, int position, int block) {
-    const int tiles = (position + kTileTokens - 1) / kTileTokens;
-    int splits = 1;
+    const int tiles = position / kTileTokens + 1;
+    int split_bits = 0;
     if (tiles > p.single_split_tiles)
-        while (splits < p.max_splits && 4 * splits <= tiles) splits *= 2;  // two tiles a split, or more
+        while (1 << split_bits < p.max_splits && 4 << split_bits <= tiles) ++split_bits;  // two tiles a split, or more
+    const int splits = 1 << split_bits, head = block >> split_bits, split = block & (splits - 1);
     // The same blocks in every layer: they keep the instructions of this part in their cache.
-    if (block >= p.num_kv_heads * splits) return {-1, 0, splits, 0, 0};
-    const int head = block / splits, split = block % splits;
-    return {head, split, splits, static_cast<int>(static_cast<int64_t>(split) * tiles / splits),
-            static_cast<int>(static_cast<int64_t>(split + 1) * tiles / splits)};
+    if (head >= p.num_kv_heads) return {-1, 0, splits, 0, 0};
+    return {head, split, splits, split * tiles >> split_bits, (split + 1) * tiles >> split_bits};
 }
 
 // How the columns of a row of length k are dealt to warps; units 0 if that cannot be done.
 inline Linear make_linear(int rows, int k, int row_unit) {
-    Linear linear{rows, k, row_unit, 0, 0, 0, 0, 0};
+    Linear linear{rows, k, row_unit, 0, 0, 0, 0, 0, 0};
     if (k % kUnit != 0) return linear;
     for (int slices = kMathWarps; slices > 0 && linear.units == 0; slices /= 2)
         for (int units : kUnitChoices)
@@ -125,6 +129,7 @@ inline Linear make_linear(int rows, int k, int row_unit) {
                 linear.units = units;
                 linear.k_slices = slices;
                 linear.chunk_rows = rows_per_warp(units) * (kMathWarps / slices);
+                linear.chunk_bytes = linear.chunk_rows * k * 2;
                 while (1 << linear.row_bits < rows_per_warp(units)) ++linear.row_bits;
                 while (slices << linear.group_bits < kMathWarps) ++linear.group_bits;
             }

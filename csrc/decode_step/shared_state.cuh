@@ -10,41 +10,43 @@ struct alignas(16) Batch {
     float sum_squares[kMathWarps];           // of each warp's slice of x
 };
 
+// What blocks tell each other to draw a token: of themselves, then of all.
+struct Ballot {
+    uint64_t best;          // sampling::pack_candidate of the greatest perturbed score
+    uint64_t total, above;  // weight of all, and of those with a greater score than the one in question
+    float score;            // of the best, not perturbed
+    uint32_t top;           // sampling::ordered_for_max of the greatest logit
+};
+
 struct SharedState {
     RingBarriers ring;
     uint64_t batch_full[kBatchBuffers], batch_empty[kBatchBuffers];
     Batch batch[kBatchBuffers];
     float row_sum[kBatchRows * kMathWarps];  // of the batch in the epilogue warp's hands
-    int position;                            // of the launch's first step
-    uint32_t steps_done;                     // before this launch
+    Ballot ballots[2][kMathWarps];
+    uint64_t head_done, token_drawn;  // phase n ends in step n of the launch
+    int position;                     // of the launch's first step
+    uint32_t steps_done;              // before this launch
+    int token;                        // last drawn
+    uint32_t rounds_done;
     int64_t profile[32];
 };
 
-// After SharedState: attention's scratch (q fp32, new k and v bf16, the warps' partial outputs, their max and sum),
-// then the layers' pointers, then the ring.
-struct AttentionScratch {
-    float* q;       // [group, D]
-    bf16 *k, *v;    // [D] each, the new token's
-    float* out;     // [kMathWarps, group, D]
-    float2* state;  // [kMathWarps, group]
+// What this block has to do with one projection; a table of them, in the order of a step, follows SharedState. It is
+// worked out once a launch: divisions and pointer chasing in every role would cost more than their time, their code
+// would not stay in the instruction cache.
+struct Work {
+    const bf16* weights;  // the block's rows of the matrix
+    const bf16* norm;     // of the input, or null
+    int row, num_rows;    // the first row and how many
 };
+
+__host__ __device__ constexpr int num_works(int num_layers) {
+    return 4 * num_layers + 1;
+}
 
 __host__ __device__ constexpr int align_up(int bytes) {
     return (bytes + 127) / 128 * 128;
-}
-__host__ __device__ constexpr int attention_scratch_bytes(int head_dim, int group) {
-    return align_up(group * head_dim * 4 + 2 * head_dim * 2 + kMathWarps * group * (head_dim * 4 + 8));
-}
-
-template <int D, int GP>
-__device__ __forceinline__ AttentionScratch attention_scratch(unsigned char* memory) {
-    AttentionScratch s;
-    s.q = reinterpret_cast<float*>(memory);
-    s.out = s.q + GP * D;
-    s.state = reinterpret_cast<float2*>(s.out + kMathWarps * GP * D);
-    s.k = reinterpret_cast<bf16*>(s.state + kMathWarps * GP);
-    s.v = s.k + D;
-    return s;
 }
 
 // The same on every warp of every block: what one step works on, and which tags it uses.
@@ -71,6 +73,6 @@ __device__ __forceinline__ Step make_step(const Params& p, const SharedState& sh
 #define PROFILE_END(state, slot, name)
 #endif
 // Slots: 0-4 wait for x by op, 5-9 wait for weights by op, 10-14 whole op (math warp 0); 15 attention: wait for q,
-// 16 tiles, 17 combine, 18 wait for other splits; 19 loader: ring full; 20 epilogue: wait for math; 21 whole kernel.
+// 16 tiles, 17 combine, 18 wait for other splits; 20 epilogue: wait for math; 21 whole kernel.
 
 }  // namespace decode_step

@@ -20,13 +20,11 @@ from llama3.rope import RopeTable
 from llama3.weights import ModelWeights
 
 OPS = ("qkv", "o", "gate_up", "down", "head")  # the order of decode_step::Op
-# Bytes that a multiprocessor requests ahead of their arrival: in the middle of a long projection, and from
-# EXCHANGE_CHUNKS before its end until the next one's input is there. Bytes that it may bring into L2 while its ring is
-# full, 16 KB each PREFETCH_CYCLES. Measured on one H200 (docs/log.md).
-MAX_STREAMING, MAX_EXCHANGING, EXCHANGE_CHUNKS = 128 * 1024, 48 * 1024, 3
-MAX_PREFETCH, PREFETCH_CYCLES = 128 * 1024, 850
+# Chunks of up to 32 KB that a multiprocessor requests ahead of their arrival: in the middle of a long projection, and
+# from EXCHANGE_CHUNKS before its end until the next one's input is there. Measured on one H200 (docs/log.md).
+MAX_STREAMING, MAX_EXCHANGING, EXCHANGE_CHUNKS = 2, 1, 2
 SINGLE_SPLIT_TILES = 4  # tiles of 64 tokens that one block attends to alone: a second one costs an exchange
-MIN_RING_BYTES = 96 * 1024  # below, memory would idle at every exchange between blocks
+MIN_SLOTS = 4  # of the ring; below, memory would idle at every exchange between blocks
 
 
 @functools.cache
@@ -42,10 +40,11 @@ class DecodeStep:
 
     The step feeds `state.token_ids[0]` at `state.positions[0]` of slot `state.slots[0]` and appends its key and value
     to the cache. A launch that draws leaves the drawn token and its position in the state, or IDLE after a stop token
-    or the last position, exactly as DecodeState.place does; it draws greedily where the temperature is 0 and otherwise
-    by Gumbel-max without filters (top-k, top-p and min-p are not applied, nor is a stop token before min_tokens kept
-    from being drawn). An idle row, or one without room for all steps of the launch in its slot, is left alone, and so
-    is everything else. Steps after a stop token in the same launch still run; whoever reads the tokens drops theirs.
+    or the last position, exactly as DecodeState.place does; it draws the token that `llama3.ops.sampling.sample` draws
+    from the same logits. Two things it cannot do: top-k beside top-p (it then applies top-p alone), and keep a stop
+    token from being drawn before min_tokens. An idle row, or one without room for all steps of the launch in its slot,
+    is left alone, and so is everything else. Steps after a stop token in the same launch still run; whoever reads the
+    tokens drops theirs.
 
     `logits` is fp32 [1, V]: those of the last step launched.
     """
@@ -114,8 +113,8 @@ class DecodeStep:
             "act": zeros(config.intermediate_size),
             "split_out": zeros(pairs * config.head_dim, torch.int64),
             "split_state": zeros(pairs * 2, torch.int64),
-            "candidates": zeros(self.grid, torch.int64),
-            "steps_done": zeros(1),
+            "ballots": zeros(2 * self.grid * library().ballot_stride, torch.int64),
+            "steps_done": zeros(2),
             "profile": zeros(self.grid * library().profile_slots, torch.int64),
         }
         layer_tensors = [(w.attn_norm, w.qkv, w.o, w.mlp_norm, w.gate_up, w.down) for w in weights.layers]
@@ -140,6 +139,9 @@ class DecodeStep:
             "first_stop_position": state.first_stop_positions,
             "last_position": state.last_positions,
             "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+            "top_k": sampling.top_k,
             "seed": sampling.seed,
             "request": sampling.request,
             "sample": sampling.sample,
@@ -161,8 +163,6 @@ class DecodeStep:
             "max_streaming": MAX_STREAMING,
             "max_exchanging": MAX_EXCHANGING,
             "exchange_chunks": EXCHANGE_CHUNKS,
-            "max_prefetch": MAX_PREFETCH,
-            "prefetch_cycles": PREFETCH_CYCLES,
             "max_splits": max_splits,
             "single_split_tiles": SINGLE_SPLIT_TILES,
             "num_stop_ids": state.max_stop_ids,
@@ -196,17 +196,19 @@ def _shape_reason(config: ModelConfig, grid: int, max_smem_bytes: int) -> str | 
     if config.dtype != torch.bfloat16:
         return f"it is written for bfloat16 weights, and the model's are {config.dtype}"
     group = config.num_heads // config.num_kv_heads
-    if group > (most := library().max_group(config.head_dim)):
-        return f"it takes at most {most} query heads of {config.head_dim} a kv head, and the model has {group}"
+    if group > (most := library().max_group):
+        return f"it takes at most {most} query heads a kv head, and the model has {group}"
     if config.hidden_size < grid:
         return f"every one of the {grid} multiprocessors needs a row of the hidden size, which is {config.hidden_size}"
+    if config.vocab_size > (most := library().max_head_rows * grid):
+        return f"its {grid} multiprocessors can hold {most} logits, and the vocabulary has {config.vocab_size} tokens"
     if config.num_kv_heads > grid:
         return f"it gives every kv head a multiprocessor, and there are {grid} for {config.num_kv_heads} heads"
     for op, (_, columns, _) in zip(OPS, _linears(config), strict=True):
         if not library().fits_columns(columns):
             return f"its warps cannot share rows of {columns} columns (the {op} projection) evenly"
     room = max_smem_bytes - library().fixed_smem_bytes(config.num_layers, config.head_dim, group)
-    if room < MIN_RING_BYTES:
+    if room < MIN_SLOTS * library().slot_bytes:
         return f"a multiprocessor has {max_smem_bytes} bytes of shared memory, too few to stream weights through"
     return None
 
