@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks import large_products
 from benchmarks.ops import floor_us
 from benchmarks.sections import NOTHING
 from benchmarks.text_table import markdown_table
@@ -17,6 +18,7 @@ def sections(results: Results) -> dict[str, str]:
     record = results["h200"]
     return {
         "ops-products": products(record),
+        "ops-large-products": large_products.table(results["large_products"]["rows"]),
         "ops-elementwise": elementwise(record.get("elementwise", [])),
         "ops-prefill-attention": prefill_attention(record.get("prefill_attention", [])),
     }
