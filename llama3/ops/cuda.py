@@ -16,7 +16,7 @@ from llama3.rope import RopeTable
 from llama3.sampling import SamplingTensors
 from llama3.weights import ModelWeights
 
-FAMILIES = ("elementwise", "decode_attn", "sampling", "decode_step")
+FAMILIES = ("elementwise", "decode_attn", "sampling", "decode_step", "skinny_linear")
 
 
 class CudaOps:
