@@ -1,10 +1,13 @@
-"""The matrix products of the CUDA ops: cuBLASLt between elementwise kernels, and for many tokens on Hopper a kernel of
-our own with SwiGLU fused (docs/cuda-ops.md has the measurements)."""
+"""The matrix products of the CUDA ops (docs/cuda-ops.md has the measurements).
+
+For few tokens one kernel an op, for many on Hopper a kernel with SwiGLU fused, each where it is faster; else cuBLASLt
+between elementwise kernels.
+"""
 
 import torch
 
 from llama3.errors import UserError
-from llama3.ops import elementwise, gemm, gemm_search
+from llama3.ops import elementwise, gemm, gemm_search, skinny_linear
 from llama3.ops.cublaslt import ALIGNMENT, Product
 
 # From here on products alone are as fast in csrc/gemm/ as in cuBLASLt, or faster; SwiGLU, which saves a pass, sooner.
@@ -15,19 +18,35 @@ _products: dict[Product, Product] = {}
 
 def norm_linear(x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]."""
+    if _is_skinny(x, weight, norm_weight):
+        return skinny_linear.norm_linear(x, norm_weight, weight, eps)
     return product(elementwise.rms_norm(x, norm_weight, eps), weight)
 
 
 def norm_swiglu(x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
-    if gemm.suits(x.device, x.shape[0], *gate_up.shape):
-        return gemm.swiglu(elementwise.rms_norm(x, norm_weight, eps), gate_up)
-    return elementwise.silu_mul(norm_linear(x, norm_weight, gate_up, eps))
+    if _is_skinny(x, gate_up, norm_weight):
+        return skinny_linear.norm_swiglu(x, norm_weight, gate_up, eps)
+    normed = elementwise.rms_norm(x, norm_weight, eps)
+    if gate_up.dim() == 2 and gemm.suits(x.device, x.shape[0], *gate_up.shape):
+        return gemm.swiglu(normed, gate_up)
+    return elementwise.silu_mul(product(normed, gate_up))
 
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """residual [T, N] + x [T, K] times weight [N, K] -> [T, N]; the sum is rounded once, the residual is not copied."""
+    if _is_skinny(x, weight, residual):
+        return skinny_linear.linear_add(x, weight, residual)
     return product(x, weight, residual)
+
+
+def _is_skinny(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the kernels for few tokens take these tensors, and are the faster ones for their shapes."""
+    if x.dim() != 2 or weight.dim() != 2:
+        return False
+    if not skinny_linear.pays(x.shape[0], weight.shape[0], x.shape[1], x.dtype, x.device):
+        return False
+    return all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, weight, other))
 
 
 def product(

@@ -1,0 +1,94 @@
+"""A whole decode step with the kernels for few tokens and without them.
+
+    python -m benchmarks.skinny_linear --shape 1b,3b,8b --json results/skinny_linear/h200.json
+
+One CUDA graph of a step without sampling, over random weights in the real shapes, so that every weight comes from
+memory. Products timed by themselves mislead: what counts is how they follow one another. The floor is the bytes of
+weights and cache over the memory's measured read rate.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from benchmarks.environment import describe
+from benchmarks.graph_timing import microseconds
+from benchmarks.peaks import H200_READ_BANDWIDTH
+from llama3.forward_batch import DecodeBatch
+from llama3.kv_cache import KVCache
+from llama3.model import Transformer
+from llama3.ops import gemm_search, skinny_linear
+from llama3.ops.cuda import CudaOps
+from llama3.rope import RopeTable
+from llama3.shapes import shape_config
+from llama3.weights import random_weights
+
+REPEATS = 9
+
+
+class Step:
+    """One model with random weights and a random cache."""
+
+    def __init__(self, shape: str) -> None:
+        self.config, device = shape_config(shape), torch.device("cuda", torch.cuda.current_device())
+        reason = CudaOps.why_not(self.config, torch.bfloat16, device)
+        if reason is not None:
+            raise SystemExit(reason)
+        self.weights = random_weights(self.config, device, torch.bfloat16)
+        self.ops = CudaOps(self.config, device)
+
+    def time(self, num_tokens: int, context: int) -> dict[str, float]:
+        """Medians in microseconds: with the kernels for few tokens, and with cuBLASLt before and after that."""
+        config = self.config
+        model = Transformer(config, self.weights, self.ops, RopeTable.build(config, context + 1, "cuda"))
+        cache = KVCache(config, num_tokens, context + 1, torch.bfloat16, "cuda")
+        for tensor in (cache.k, cache.v):
+            tensor.normal_()
+        slots = torch.arange(num_tokens, dtype=torch.int32, device="cuda")
+        batch = DecodeBatch(slots, torch.full_like(slots, context), context + 1)
+        ids = torch.arange(num_tokens, device="cuda")
+        gemm_search.expect_decode(num_tokens)
+
+        def measure(skinny: bool) -> float:
+            with mock.patch.object(skinny_linear, "MAX_TOKENS", skinny_linear.MAX_TOKENS if skinny else 0):
+                return statistics.median(microseconds([lambda: model.decode_step(ids, batch, cache)], REPEATS))
+
+        before, ours, after = measure(False), measure(True), measure(False)
+        moved = config.decode_weight_bytes() + num_tokens * context * config.kv_bytes_per_token()
+        floor = moved / H200_READ_BANDWIDTH * 1e6
+        return {"skinny_us": ours, "cublaslt_us": before, "cublaslt_again_us": after, "floor_us": floor}
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="1b")
+    parser.add_argument("--tokens", type=numbers, default=[2, 4, 8, 16, 32])
+    parser.add_argument("--contexts", type=numbers, default=[128, 2048])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for shape in args.shape.split(","):
+        step = Step(shape)
+        for context in args.contexts:
+            for num_tokens in args.tokens:
+                times = step.time(num_tokens, context)
+                rows.append({"shape": shape, "tokens": num_tokens, "context_len": context, **times})
+                figures = ", ".join(f"{name} {value:.0f}" for name, value in times.items())
+                print(f"{shape} {num_tokens:3} tokens, context {context}: {figures}", flush=True)
+        del step
+        torch.cuda.empty_cache()
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(describe() | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

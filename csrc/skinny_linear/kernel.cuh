@@ -1,0 +1,200 @@
+// y = x weight^T for up to 32 tokens, at the speed at which weights arrive from memory (sm_90, bf16).
+//
+// A cluster of `splits` blocks makes tiles of `tile_rows` rows of weight, each block over its part of the inner
+// dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for as much
+// weight as the ring holds before the previous kernel has ended, because weights are constants: with half of an SM's
+// shared memory each, this kernel's ring fills while the previous kernel's blocks still work. Eight warps multiply.
+// The norm's weight is multiplied into x on its way to the tensor cores; its scale, one number a token, waits for the
+// epilogue.
+//
+// weight [num_rows, size], x [num_tokens, size], out [num_tokens, num_rows] (see Params); all contiguous bf16. weight
+// and norm are read before the previous kernel has ended: they must have been written by an earlier one.
+#pragma once
+#include "skinny_linear/finish.cuh"
+
+namespace skinny_linear {
+
+// A place in the ring, and the parity of its current round.
+struct Cursor {
+    int stage = 0;
+    uint32_t phase = 0;
+    __device__ void advance(int stages) {
+        if (++stage == stages) stage = 0, phase ^= 1;
+    }
+};
+
+// The thread that fills the ring. begin() asks for constants only.
+template <class Grid>
+struct Producer {
+    const Params& p;
+    const Block& b;
+    const CUtensorMap *weight, *x;
+    int tile, step = 0, remaining;  // what to copy next, and how many stages are left
+
+    __device__ Producer(const Params& p, const Block& b, const CUtensorMap* weight, const CUtensorMap* x)
+        : p(p), b(b), weight(weight), x(x), tile(blockIdx.x / p.splits) {
+        const int stride = gridDim.x / p.splits;
+        remaining = (p.tiles - tile + stride - 1) / stride * b.steps;
+    }
+
+    __device__ __forceinline__ void copy_weight(int stage) {
+        common::mbarrier_expect(b.full(stage), b.layout.stage);
+        copy_box(b.base + stage * b.layout.stage, weight, b.full(stage), tile * p.tile_rows,
+                 (b.first_step + step) * Grid::kBoxes, kEvictFirst);
+    }
+    __device__ __forceinline__ void copy_x(int stage, int step) {
+        copy_box(b.base + stage * b.layout.stage + b.layout.stage_weight, x, b.full(stage), 0,
+                 (b.first_step + step) * Grid::kBoxes, kEvictLast);
+    }
+    __device__ __forceinline__ void advance() {
+        --remaining;
+        if (++step == b.steps) step = 0, tile += gridDim.x / p.splits;
+    }
+
+    __device__ __forceinline__ int begin() {
+        const int ahead = min(p.stages, remaining);
+#pragma unroll 1
+        for (int stage = 0; stage < ahead; ++stage, advance()) copy_weight(stage);
+        return ahead;
+    }
+    // The next kernel's weights should be on their way when this one's have been asked for: not before, because they
+    // would only delay each other, and not after, because memory would rest.
+    __device__ __forceinline__ void run(int ahead) {
+        common::wait_for_previous_kernel();
+        if (remaining <= kTriggerStages) common::allow_next_kernel();
+#pragma unroll 1
+        for (int stage = 0, step = 0; stage < ahead; ++stage, step = step + 1 < b.steps ? step + 1 : 0)
+            copy_x(stage, step);
+        Cursor cursor;
+#pragma unroll 1
+        for (; remaining > 0; cursor.advance(p.stages)) {
+            common::mbarrier_wait(b.empty(cursor.stage), cursor.phase);
+            copy_weight(cursor.stage);
+            copy_x(cursor.stage, step);
+            advance();
+            if (remaining == kTriggerStages) common::allow_next_kernel();
+        }
+    }
+};
+
+// What a consumer thread works on.
+template <class Grid>
+struct WarpPlace {
+    int lane, row_warp, token_warp, column_warp;
+    static __device__ __forceinline__ WarpPlace of(int thread) {
+        const int warp = thread / 32;
+        return {thread % 32, warp % Grid::kRowWarps, warp / Grid::kRowWarps % Grid::kTokenWarps,
+                warp / (Grid::kRowWarps * Grid::kTokenWarps)};
+    }
+};
+
+// threadIdx.x, read anew: what follows from it need not stay in registers during the product.
+__device__ __forceinline__ int thread_again() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
+template <class Grid, int kTokenTiles, Form kForm>
+__device__ __forceinline__ void consume(const Params& p, const Block& b) {
+    constexpr bool kNorm = has_norm(kForm);
+    constexpr int kTokens = kTokenTiles * 8, kWarpTokens = kTokens / Grid::kTokenWarps;
+    const int thread = threadIdx.x;
+    const auto [lane, row_warp, token_warp, column_warp] = WarpPlace<Grid>::of(thread);
+    const int box = column_warp * Grid::kChunks / 2, half = column_warp * Grid::kChunks % 2;
+    if constexpr (kNorm) {
+        const int first = b.first_step * Grid::kBoxes * kBox / 2, words = b.steps * Grid::kBoxes * kBox / 2;
+#pragma unroll 1
+        for (int i = thread; i < words; i += kConsumers) {
+            const bool exists = first + i < p.size / 2;  // beyond the last column x is zero, and this must be a number
+            const uint32_t word = exists ? __ldg(static_cast<const uint32_t*>(p.norm) + first + i) : 0;
+            b.at<uint32_t>(b.layout.norm)[norm_place(i)] = word;
+        }
+        common::named_sync(1, kConsumers);
+    }
+    // A tile of fewer rows than its warps take: they multiply what lies behind it, and store nothing of that.
+    const uint32_t weight = b.base + (box * p.tile_rows + row_warp * Grid::kRowTiles * 16) * kRowBytes +
+                            (weight_offset(lane) ^ (half * 64));
+    const uint32_t x = b.base + b.layout.stage_weight + (box * kTokens + token_warp * kWarpTokens) * kRowBytes +
+                       (token_offset(lane) ^ (half * 64));
+    const uint32_t norm = b.base + b.layout.norm + column_warp * Grid::kChunks * 64 + lane % 4 * 16;
+    common::wait_for_previous_kernel();
+
+    Cursor cursor;
+    const int stride = gridDim.x / p.splits;
+#pragma unroll 1
+    for (int tile = blockIdx.x / p.splits; tile < p.tiles; tile += stride) {
+        const uint4 residual =
+            load_residual<kForm>(p, Item<kForm, kTokens>(p, threadIdx.x, b.rank)
+                                        .index(p, tile));  // asked for before the product, used behind it
+        Accumulator<Grid, kWarpTokens / 8, kNorm> accumulator;
+        accumulator.clear();
+        uint32_t factors = norm;
+#pragma unroll 1
+        for (int left = b.steps; left > 0; --left, factors += Grid::kBoxes * kBox * 2) {
+            common::mbarrier_wait(b.full(cursor.stage), cursor.phase);
+            const uint32_t offset = cursor.stage * b.layout.stage;
+#pragma unroll
+            for (int chunk = 0; chunk < Grid::kChunks; ++chunk) {
+                const uint32_t other_half = chunk * 64;
+                accumulator.add((weight + offset) ^ other_half, (x + offset) ^ other_half, factors + chunk * 64,
+                                row_warp);
+            }
+            __syncwarp();
+            if (lane == 0) common::mbarrier_arrive(b.empty(cursor.stage));
+            cursor.advance(p.stages);
+        }
+        common::named_sync(1, kConsumers);  // the ring, or the previous tile's sums, are no longer read
+        const WarpPlace<Grid> late = WarpPlace<Grid>::of(thread_again());
+        const int stripe = late.column_warp * kTokens + late.token_warp * kWarpTokens;
+        accumulator.store(b.at<float>(b.layout.partials) + stripe * b.layout.stride_partial, b.layout.stride_partial,
+                          p.tile_rows, late.row_warp, late.lane);
+        if constexpr (kNorm)
+            accumulator.store_squares(b.at<float>(b.layout.squares) + stripe, late.row_warp, late.lane);
+        common::named_sync(1, kConsumers);
+        finish_tile<kForm, Grid::kColumnWarps, kTokens>(p, b, tile, residual);
+    }
+}
+
+// Two blocks an SM: this kernel's and the next one's.
+template <class Grid, int kTokenTiles, Form kForm>
+__global__ void __launch_bounds__(kThreads, 2)
+    skinny_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant__ CUtensorMap x,
+                  const __grid_constant__ Params p) {
+#if __CUDA_ARCH__ >= 900
+    extern __shared__ __align__(1024) uint8_t shared[];
+    const int thread = threadIdx.x, rank = p.splits > 1 ? cluster_rank() : 0;
+    const int first_step = p.steps * rank / p.splits, steps = p.steps * (rank + 1) / p.splits - first_step;
+    const Block b{shared, common::shared_address(shared), p.layout, rank, first_step, steps};
+    const auto sync = [&] { p.splits > 1 ? cluster_sync() : __syncthreads(); };  // before other blocks send
+    if (thread < kConsumers) {
+        sync();
+        consume<Grid, kTokenTiles, kForm>(p, b);
+        return;
+    }
+    Producer<Grid> producer(p, b, &weight, &x);
+    const int lane = thread - kConsumers;  // initialising a barrier takes some fifty cycles: each lane does two
+    static_assert(kMaxStages <= 32);
+    if (lane < p.stages) {
+        common::mbarrier_init(b.full(lane), 1);
+        common::mbarrier_init(b.empty(lane), kConsumerWarps);
+    }
+    if (lane == 31) common::mbarrier_init(b.sent(), 1);
+    common::fence_barrier_init();
+    __syncwarp();
+    int ahead = 0;
+    if (thread == kConsumers) {
+        ahead = producer.begin();
+        if (p.splits > 1) common::mbarrier_expect(b.sent(), sent_bytes<kForm>(p, rank));
+    }
+    __syncwarp();
+    sync();
+    if (thread == kConsumers) {
+        producer.run(ahead);
+    }
+#else
+    __trap();  // the host launches this on compute capability 9.0 only
+#endif
+}
+
+}  // namespace skinny_linear

@@ -1,0 +1,223 @@
+#include "skinny_linear/launch.h"
+
+#include <cuda.h>
+
+#include <algorithm>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+
+#include "common/cuda_check.h"
+
+namespace skinny_linear {
+
+template <int kTokenTiles>
+const void* kernel_for(int grid, Form form);
+
+namespace {
+
+void require(bool holds, const std::string& message) {
+    if (!holds) throw std::invalid_argument(message);
+}
+
+void require_aligned(const void* pointer, const char* name) {
+    require(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, std::string(name) + " must be 16-byte aligned");
+}
+
+int divide_up(int a, int b) {
+    return (a + b - 1) / b;
+}
+
+int up(int bytes) {
+    return divide_up(bytes, 128) * 128;
+}
+
+// Which WarpGrid serves a tile (instances.cuh), and what the host needs to know of it.
+struct Shape {
+    int grid, rows, boxes, column_warps;
+    static Shape of(int tile_rows, int tokens) {
+        if (tile_rows <= 16) return {0, 16, 4, 8};
+        if (tile_rows <= 32) return {1, 32, 4, 8};
+        if (tile_rows <= 64) return {2, 64, 2, tokens <= 16 ? 4 : 2};
+        return {3, 128, 1, tokens <= 16 ? 2 : 1};
+    }
+};
+
+// Tokens that the kernel for `num_tokens` takes, and the fewest rows of a tile with so many: else x outweighs weights.
+int padded(int num_tokens) {
+    int tokens = 8;
+    while (tokens < num_tokens) tokens *= 2;
+    return tokens;
+}
+
+int min_tile_rows(int tokens) {
+    return tokens <= 16 ? 16 : 48;
+}
+
+const void* select_kernel(int tokens, int grid, Form form) {
+    switch (tokens) {
+        case 8:
+            return kernel_for<1>(grid, form);
+        case 16:
+            return kernel_for<2>(grid, form);
+        default:
+            return kernel_for<4>(grid, form);
+    }
+}
+
+SharedLayout lay_out(const Params& p, const Shape& shape, int tokens, Form form, bool one_tile) {
+    const bool norm = has_norm(form);
+    SharedLayout s{};
+    s.stage_weight = shape.boxes * p.tile_rows * kBox * 2;
+    s.stage = s.stage_weight + shape.boxes * tokens * kBox * 2;
+    s.stride_partial = p.tile_rows + 4;  // so that a warp's store of partial sums meets every bank once
+    const int ring = p.stages * s.stage, partials = shape.column_warps * tokens * s.stride_partial * 4;
+    s.partials = one_tile ? 0 : ring;
+    // Warps whose rows are not in the tile read on behind its last box.
+    const int beyond = std::max(0, (shape.rows - p.tile_rows - shape.boxes * tokens) * kBox * 2);
+    s.squares = up(one_tile ? std::max(ring + beyond, partials) : ring + partials);
+    s.received = up(s.squares + (norm ? shape.column_warps * tokens * 4 : 0));
+    const int received = p.splits * p.own_units * p.num_tokens * unit_rows(form) * 4;
+    s.received_squares = s.received + (p.splits > 1 ? received : 0);
+    s.norm = up(s.received_squares + (p.splits > 1 && norm ? p.splits * p.num_tokens * 4 : 0));
+    s.barriers = up(s.norm + (norm ? divide_up(p.steps, p.splits) * shape.boxes * kBox * 2 : 0));
+    s.bytes = s.barriers + (2 * kMaxStages + 1) * 8;
+    return s;
+}
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// Asked of the runtime, not linked: the library must load where there is no driver.
+EncodeTiled encode_tiled() {
+    static const EncodeTiled function = [] {
+        void* entry = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        CHECK_CUDA(
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
+        if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("this driver has no cuTensorMapEncodeTiled");
+        return reinterpret_cast<EncodeTiled>(entry);
+    }();
+    return function;
+}
+
+// A row-major bf16 matrix as (column in a panel of 64, row, panel); what does not exist reads as zero.
+CUtensorMap matrix_map(const void* matrix, int rows, int columns, int box_rows, int boxes) {
+    const cuuint64_t sizes[] = {kBox, cuuint64_t(rows), cuuint64_t(columns / kBox)};
+    const cuuint64_t strides[] = {cuuint64_t(columns) * 2, kBox * 2};
+    const cuuint32_t box[] = {kBox, cuuint32_t(box_rows), cuuint32_t(boxes)}, steps[] = {1, 1, 1};
+    CUtensorMap map;
+    const CUresult status =
+        encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(matrix), sizes, strides, box, steps,
+                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS)
+        throw std::runtime_error("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(status));
+    return map;
+}
+
+// Once per kernel and device: a block may use more than 48 KB, and the SM's memory is split the same way for every
+// kernel of this family, because to change it an SM has to run empty.
+void allow_shared_memory(const void* kernel) {
+    static std::mutex mutex;
+    static std::set<std::pair<const void*, int>> done;
+    int device = 0, limit = 0;
+    CHECK_CUDA(cudaGetDevice(&device));
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (done.count({kernel, device})) return;
+    CHECK_CUDA(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
+    CHECK_CUDA(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    done.insert({kernel, device});
+}
+
+cudaLaunchAttribute cluster_attribute(int blocks) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = blocks;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    return attribute;
+}
+
+int num_sms() {
+    int device = 0, count = 0;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
+
+// Two neighbours in the chain of kernels fit on an SM together, and where one of them is a linear_add, it fits only
+// once: a kernel's blocks should spread over all SMs, and these start when SMs are empty, behind attention.
+int shared_bytes(Form form) {
+    return (form == Form::kLinearAdd ? 119 : 106) * 1024;
+}
+
+void check(const Problem& q, const Tiling& t) {
+    require(q.num_tokens >= 1 && q.num_tokens <= kMaxTokens,
+            "num_tokens is " + std::to_string(q.num_tokens) + "; supported: 1 to " + std::to_string(kMaxTokens));
+    require(q.size >= kBox && q.size % kBox == 0,
+            "size is " + std::to_string(q.size) + "; expected a multiple of " + std::to_string(kBox));
+    const int unit = unit_rows(q.form);
+    require(q.num_rows >= unit && q.num_rows % unit == 0,
+            "num_rows is " + std::to_string(q.num_rows) + "; expected a multiple of " + std::to_string(unit));
+    const int tokens = padded(q.num_tokens), min_rows = min_tile_rows(tokens);
+    require(t.tile_rows >= min_rows && t.tile_rows <= kMaxTileRows && t.tile_rows % 16 == 0,
+            "tile_rows is " + std::to_string(t.tile_rows) + "; expected a multiple of 16 from " +
+                std::to_string(min_rows) + " to " + std::to_string(kMaxTileRows));
+    const int steps = divide_up(q.size / kBox, Shape::of(t.tile_rows, tokens).boxes);
+    require(t.splits >= 1 && t.splits <= std::min(kMaxSplits, steps), "splits is " + std::to_string(t.splits) +
+                                                                          "; supported here: 1 to " +
+                                                                          std::to_string(std::min(kMaxSplits, steps)));
+    require((q.form == Form::kLinearAdd) == (q.residual != nullptr) && has_norm(q.form) == (q.norm != nullptr),
+            "linear_add takes a residual, the other forms a norm");
+    require_aligned(q.x, "x"), require_aligned(q.weight, "weight"), require_aligned(q.out, "out");
+    require_aligned(q.norm, "norm"), require_aligned(q.residual, "residual");
+}
+
+}  // namespace
+
+void launch(const Problem& q, const Tiling& t, bool overlap, cudaStream_t stream) {
+    check(q, t);
+    const int tokens = padded(q.num_tokens);
+    const Shape shape = Shape::of(t.tile_rows, tokens);
+
+    Params p{};
+    p.norm = q.norm, p.residual = q.residual, p.out = q.out;
+    p.num_tokens = q.num_tokens, p.num_rows = q.num_rows, p.size = q.size, p.eps = q.eps;
+    p.tile_rows = t.tile_rows, p.tiles = divide_up(q.num_rows, t.tile_rows), p.splits = t.splits;
+    p.steps = divide_up(q.size / kBox, shape.boxes);
+    p.own_units = divide_up(t.tile_rows / unit_rows(q.form), t.splits);
+    while (1 << p.unit_bits < p.own_units) ++p.unit_bits;
+    // A cluster that adds up partial sums has one tile; if not all run at once, the rest follow.
+    const int clusters = t.splits > 1 || p.tiles <= 2 * num_sms() ? p.tiles : num_sms();
+    const bool one_tile = clusters == p.tiles;
+    const int limit = shared_bytes(q.form);
+    p.stages = std::min(kMaxStages, divide_up(p.steps, t.splits) * divide_up(p.tiles, clusters));
+    while (p.stages > 1 && lay_out(p, shape, tokens, q.form, one_tile).bytes > limit) --p.stages;
+    p.layout = lay_out(p, shape, tokens, q.form, one_tile);
+    require(p.layout.bytes <= limit, "a block needs " + std::to_string(p.layout.bytes) +
+                                         " bytes of shared memory, and may have " + std::to_string(limit));
+
+    const void* kernel = select_kernel(tokens, shape.grid, q.form);
+    allow_shared_memory(kernel);
+    CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, t.tile_rows, shape.boxes);
+    CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens, shape.boxes);
+
+    cudaLaunchAttribute attributes[2] = {cluster_attribute(t.splits), {}};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(clusters * t.splits);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = p.layout.bytes;
+    config.stream = stream;
+    config.attrs = t.splits > 1 ? attributes : attributes + 1;
+    config.numAttrs = (t.splits > 1) + overlap;
+    void* arguments[] = {&weight, &x, &p};
+    CHECK_CUDA(cudaLaunchKernelExC(&config, kernel, arguments));
+}
+
+}  // namespace skinny_linear

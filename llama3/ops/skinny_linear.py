@@ -1,0 +1,158 @@
+"""The seam's products for few tokens as one kernel each (`csrc/skinny_linear/`). Checks, allocation and launch.
+
+Every function raises UserError naming the tensor and the shape expected, and KernelBuildError if the kernels cannot be
+built. Tensors are contiguous bf16 on one CUDA device of compute capability 9.0.
+
+The kernels read weights and norms before the previous kernel has ended: an earlier one must have written them.
+"""
+
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from llama3.errors import UserError
+from llama3.ops.tensor_error import wrong_tensor
+
+MAX_TOKENS = 32  # beyond it cuBLASLt is faster
+MAX_TILE_ROWS = 128
+NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU = range(3)  # the numbers of skinny_linear::Form
+
+
+FORMS = {"norm_linear": NORM_LINEAR, "linear_add": LINEAR_ADD, "norm_swiglu": NORM_SWIGLU}
+
+
+class Tiling(NamedTuple):
+    """Rows of weight that one cluster of blocks makes, and its blocks, among which the inner dimension is split."""
+
+    tile_rows: int
+    splits: int
+
+
+def norm_linear(
+    x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float, tiling: Tiling | None = None
+) -> torch.Tensor:
+    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. `tiling`: None leaves the choice to choose_tiling."""
+    return _product("norm_linear", x, weight, norm, None, eps, None, tiling)
+
+
+def norm_swiglu(
+    x: torch.Tensor, norm: torch.Tensor, gate_up: torch.Tensor, eps: float, tiling: Tiling | None = None
+) -> torch.Tensor:
+    """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
+    return _product("norm_swiglu", x, gate_up, norm, None, eps, None, tiling)
+
+
+def linear_add(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    tiling: Tiling | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """residual [T, N] + x [T, K] times weight [N, K] -> [T, N], in `out` if given, which may be the residual."""
+    return _product("linear_add", x, weight, None, residual, 0.0, out, tiling)
+
+
+def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels can run a product of this shape here, and are faster than cuBLASLt (docs/cuda-ops.md)."""
+    if not 1 <= num_tokens <= MAX_TOKENS or num_rows % 16 or size % 64 or dtype != torch.bfloat16:
+        return False
+    elements = num_rows * size
+    is_head = elements >= 150 << 20
+    is_small = num_tokens > 16 and elements < 6 << 20
+    return not is_head and not is_small and _is_hopper(device)
+
+
+def min_tile_rows(num_tokens: int) -> int:
+    """The fewest rows of a tile for so many tokens; with fewer, x would outweigh the weights."""
+    return 16 if num_tokens <= 16 else 48
+
+
+@functools.cache
+def choose_tiling(num_tokens: int, num_rows: int, size: int, num_sms: int) -> Tiling:
+    """The tiling whose busiest multiprocessor has the fewest bytes of weight and x to read, with what was measured.
+
+    Clusters of four find fewer places than their blocks would alone. Two blocks of one kernel on a multiprocessor keep
+    more requests under way, which pays in long products and costs the next kernel its place in short ones.
+    """
+    padded = max(8, 1 << (num_tokens - 1).bit_length())
+
+    def cost(tiling: Tiling) -> float:
+        blocks = -(-num_rows // tiling.tile_rows) * tiling.splits
+        block_bytes = (tiling.tile_rows + padded) * size / tiling.splits * 2
+        rounds = -(-blocks // num_sms)
+        deep = 0.8 if rounds == 2 and block_bytes >= 400e3 else 1.0
+        return rounds * block_bytes * deep * (1.15 if tiling.splits == 4 else 1.0)
+
+    rows = range(MAX_TILE_ROWS, min_tile_rows(num_tokens) - 1, -16)
+    tilings = (Tiling(r, s) for s in (1, 2, 4) for r in rows if r >= 16 * s and (s == 1 or s * 256 <= size))
+    return min(tilings, key=cost)
+
+
+@functools.cache
+def library() -> ModuleType:
+    """The compiled kernels, built on first use. Raises load_custom_kernels.KernelBuildError."""
+    import load_custom_kernels
+
+    return load_custom_kernels.load("skinny_linear")
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _product(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor | None,
+    tiling: Tiling | None,
+) -> torch.Tensor:
+    form = FORMS[op]
+    if x.dim() != 2 or x.dtype != torch.bfloat16 or not x.is_contiguous():
+        raise wrong_tensor(op, "x", x, "contiguous torch.bfloat16 [T, K]")
+    num_tokens, size = x.shape
+    num_rows = weight.shape[0]
+    num_outputs = num_rows // 2 if form == NORM_SWIGLU else num_rows
+    if out is None:
+        out = x.new_empty(num_tokens, num_outputs)
+    expected = {"weight": (weight, (num_rows, size)), "norm": (norm, (size,))}
+    expected |= {"residual": (residual, (num_tokens, num_rows)), "out": (out, (num_tokens, num_outputs))}
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype != x.dtype or not tensor.is_contiguous():
+            raise wrong_tensor(op, name, tensor, f"contiguous {x.dtype} {list(shape)}")
+    for name, tensor in (("x", x), *((name, tensor) for name, (tensor, _) in expected.items())):
+        if tensor is not None and (not tensor.is_cuda or tensor.device != x.device):
+            raise UserError(f"{op}: {name} is on {tensor.device}; expected a CUDA device, the same for every tensor")
+    if tiling is None:
+        tiling = choose_tiling(num_tokens, num_rows, size, _num_sms(x.device))
+    library().product(
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        norm=0 if norm is None else norm.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        out=out.data_ptr(),
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        size=size,
+        eps=eps,
+        form=form,
+        tile_rows=tiling.tile_rows,
+        splits=tiling.splits,
+        overlap=True,
+        stream=torch.cuda.current_stream(x.device).cuda_stream,
+    )
+    return out
