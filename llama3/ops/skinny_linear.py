@@ -75,19 +75,27 @@ def choose_tiling(num_tokens: int, num_rows: int, size: int, num_sms: int) -> Ti
     """The tiling whose busiest multiprocessor has the fewest bytes of weight and x to read, with what was measured.
 
     Clusters of four find fewer places than their blocks would alone. Two blocks of one kernel on a multiprocessor keep
-    more requests under way, which pays in long products and costs the next kernel its place in short ones.
+    more requests under way, which pays in long products and costs the next kernel its place in short ones. With more
+    than 16 tokens it is arithmetic that takes long: a tile costs what its warps could have multiplied, and the second
+    block pays sooner.
     """
+    few = num_tokens <= 16
     padded = max(8, 1 << (num_tokens - 1).bit_length())
 
-    def cost(tiling: Tiling) -> float:
+    def cost(tiling: Tiling) -> tuple[float, float]:
         blocks = -(-num_rows // tiling.tile_rows) * tiling.splits
-        block_bytes = (tiling.tile_rows + padded) * size / tiling.splits * 2
         rounds = -(-blocks // num_sms)
-        deep = 0.8 if rounds == 2 and block_bytes >= 400e3 else 1.0
-        return rounds * block_bytes * deep * (1.15 if tiling.splits == 4 else 1.0)
+        rows = tiling.tile_rows if few else 64 if tiling.tile_rows <= 64 else MAX_TILE_ROWS
+        block_bytes = (rows + padded) * size / tiling.splits * 2
+        is_long = block_bytes >= (400e3 if few or tiling.splits == 1 else 250e3)
+        deep = (0.8 if few else 0.7) if rounds == 2 and is_long else 1.0
+        crowded = (1.15 if few else 1.25) if tiling.splits == 4 else 1.0
+        return rounds * block_bytes * deep * crowded, rounds * (tiling.tile_rows + padded) * size / tiling.splits
 
     rows = range(MAX_TILE_ROWS, min_tile_rows(num_tokens) - 1, -16)
-    tilings = (Tiling(r, s) for s in (1, 2, 4) for r in rows if r >= 16 * s and (s == 1 or s * 256 <= size))
+    fills_alone = num_rows >= 0.9 * num_sms * MAX_TILE_ROWS
+    splits = [s for s in (1, 2, 4) if s == 1 or (s * 256 <= size and not fills_alone)]
+    tilings = (Tiling(r, s) for s in splits for r in rows if r >= 16 * s)
     return min(tilings, key=cost)
 
 
