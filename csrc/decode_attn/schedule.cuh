@@ -10,13 +10,19 @@
 
 namespace decode_attn {
 
+// Not to be put off by the compiler until the value is needed: several loads shall be on their way together.
+__device__ __forceinline__ int load_once(const int* address) {
+    int x;
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(x) : "l"(address));
+    return x;
+}
+
 // The rows of the batch in shared memory: tokens, slots, and the number of tiles before each row (all its kv heads).
 struct Rows {
     int* tokens;        // [batch]
     int* slots;         // [batch]
     int* tiles_before;  // [batch + 1]
     int batch, num_kv_heads;
-    static constexpr int kRowsAtOnce = 4;
 
     __device__ Rows(int* memory, const Params& p)
         : tokens(memory),
@@ -28,47 +34,44 @@ struct Rows {
     __device__ int tiles(int row) const { return ceil_div(tokens[row], kBlockSize); }
     __device__ int total() const { return tiles_before[batch]; }
 
-    // One warp reads the lengths and sums them up. Rows of negative length count as empty here.
-    __device__ void fill(const Params& p, int lane) {
-        const int per_lane = (batch + 31) / 32, first = lane * per_lane, last = min(first + per_lane, batch);
-        int sum = 0;
+    // One warp reads the lengths and sums them up; returns the total. Rows of negative length count as empty here.
+    __device__ int fill(const Params& p, int lane) {
+        constexpr int kAtOnce = 4;  // 32 rows each: what is on its way at a time
+        int before = 0;
 #pragma unroll 1
-        for (int start = first; start < last; start += kRowsAtOnce) {
-            int length[kRowsAtOnce], slot[kRowsAtOnce];
+        for (int first = 0; first < batch; first += 32 * kAtOnce) {
+            int length[kAtOnce], slot[kAtOnce];
 #pragma unroll
-            for (int i = 0; i < kRowsAtOnce; ++i) {
-                const int row = min(start + i, last - 1);
-                length[i] = __ldg(p.lengths + row);
-                slot[i] = p.slots ? __ldg(p.slots + row) : row;
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int row = first + 32 * i + lane;
+                length[i] = row < batch ? load_once(p.lengths + row) : 0;
+                slot[i] = row < batch && p.slots ? load_once(p.slots + row) : row;
             }
 #pragma unroll
-            for (int i = 0; i < kRowsAtOnce; ++i) {
-                if (start + i >= last) break;
-                tokens[start + i] = length[i];
-                slots[start + i] = slot[i];
-                tiles_before[start + i] = sum;
-                sum += max(ceil_div(length[i], kBlockSize), 0) * num_kv_heads;
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int row = first + 32 * i + lane;
+                if (first + 32 * i >= batch) break;
+                const int own = max(ceil_div(length[i], kBlockSize), 0) * num_kv_heads;
+                int sum = own;  // becomes the sum over this lane and the lower ones
+                if (batch > 1) {
+#pragma unroll
+                    for (int distance = 1; distance < 32; distance *= 2) {
+                        const int other = __shfl_up_sync(~0u, sum, distance);
+                        sum += lane >= distance ? other : 0;
+                    }
+                }
+                if (row < batch) {
+                    tokens[row] = length[i];
+                    slots[row] = slot[i];
+                    tiles_before[row] = before + sum - own;
+                }
+                before += __shfl_sync(~0u, sum, min(31, batch - 1 - first - 32 * i));
             }
         }
-        int before = sum;  // becomes the sum over the lower lanes
-        if (batch > 1) {
-#pragma unroll
-            for (int distance = 1; distance < 32; distance *= 2) {
-                const int other = __shfl_up_sync(~0u, before, distance);
-                before += lane >= distance ? other : 0;
-            }
-        }
-        const int total = __shfl_sync(~0u, before, (batch - 1) / per_lane);  // of the lane that holds the last row
-        before -= sum;
-#pragma unroll 1
-        for (int row = first; row < last && before > 0; ++row) tiles_before[row] += before;
-        if (lane == 0) tiles_before[batch] = total;
+        if (lane == 0) tiles_before[batch] = before;
         __syncwarp();
+        return before;
     }
-
-    struct Tile {
-        int row, head, index, count;  // tile `index` of the row's `count`
-    };
 
     // The row of a tile, the same for the whole warp: how many rows begin at or before it. Empty rows do not count: the
     // last row that begins at the tile is the one that has it.
@@ -81,24 +84,25 @@ struct Rows {
         }
         return rows_before - 1;
     }
+};
 
-    // `row` is the tile's row or an earlier one.
-    __device__ Tile locate(int tile, int row) const {
-        if (tiles_before[row + 1] <= tile) {
-            int high = batch - 1;  // search the last row with tiles_before <= tile
-            ++row;
-#pragma unroll 1
-            while (row < high) {
-                const int middle = (row + high + 1) / 2;
-                if (tiles_before[middle] <= tile)
-                    row = middle;
-                else
-                    high = middle - 1;
-            }
-        }
-        const int count = tiles(row);
-        const Quotient place = Quotient::of(tile - tiles_before[row], count);
+// A place in the list of tiles: tile `index` of the `count` of a unit.
+struct Walk {
+    int row, head, index, count;
+
+    __device__ static Walk at(const Rows& rows, int tile, int lane) {
+        const int row = rows.row_of(tile, lane), count = rows.tiles(row);
+        const Quotient place = Quotient::of(tile - rows.tiles_before[row], count);
         return {row, place.quotient, place.remainder, count};
+    }
+
+    // To the first tile of the next unit; there must be one.
+    __device__ void next_unit(const Rows& rows) {
+        index = 0;
+        if (++head < rows.num_kv_heads) return;
+        head = 0;
+        do count = rows.tiles(++row);
+        while (count <= 0);
     }
 };
 
