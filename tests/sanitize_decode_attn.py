@@ -47,14 +47,16 @@ def launch_all() -> int:
 
 
 def run_tools() -> dict[str, dict]:
-    """{tool: {"exit_code": ..., "said": its summary lines}}"""
+    """{tool: {"exit_code": ..., "said": its summary lines, and after a failure "first_lines"}}"""
     found = {}
     for tool in TOOLS:
         command = ["compute-sanitizer", "--tool", tool, "--kernel-regex", "kns=decode_attn", sys.executable, __file__]
         result = subprocess.run(command, capture_output=True, text=True)
         lines = [line.lstrip("= ") for line in (result.stdout + result.stderr).splitlines()]
-        said = [line for line in lines if "SUMMARY" in line or "launches checked" in line]
+        said = [line for line in lines if "SUMMARY" in line or line.endswith("launches checked")]
         found[tool] = {"exit_code": result.returncode, "said": said}
+        if result.returncode:
+            found[tool]["first_lines"] = lines[:12]
     return found
 
 

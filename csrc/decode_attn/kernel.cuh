@@ -16,6 +16,7 @@
 namespace decode_attn {
 
 constexpr int kPieceBarrier = 1, kTileBarrier = 2;  // of all computing warps, and one of each tile group
+static_assert(SharedLayout::kShare + sizeof(Share) <= SharedLayout::kTileExchange);
 constexpr int kLoadWarp = kComputeWarps, kQueryWarp = kComputeWarps + 1;
 
 // Where things lie in shared memory.
@@ -24,6 +25,7 @@ struct Shared {
     Ring ring;
     uint32_t slot_barriers;  // full [kQuerySlots], empty [kQuerySlots]
     QuerySlot<kHeadDim>* slots;
+    Share* share;
     TileExchange* tile_exchange;
     GroupExchange* group_exchange;
 
@@ -32,6 +34,7 @@ struct Shared {
         ring = {base + SharedLayout::kRing, base + SharedLayout::kBarriers, stages};
         slot_barriers = base + SharedLayout::kBarriers + 4 * kMaxStages * 8;
         slots = reinterpret_cast<QuerySlot<kHeadDim>*>(memory + layout.queries);
+        share = reinterpret_cast<Share*>(memory + SharedLayout::kShare);
         tile_exchange = reinterpret_cast<TileExchange*>(memory + SharedLayout::kTileExchange);
         group_exchange = reinterpret_cast<GroupExchange*>(memory + SharedLayout::kGroupExchange);
     }
@@ -135,23 +138,17 @@ __global__ void __launch_bounds__(kThreads, 1)
         const float inverse_blocks = Quotient::inverse(gridDim.x);
 
         // The way to the first load is the longest at the start, so the loading warp does nothing else.
+        Share share{};
         if (warp == kLoadWarp) {
             if (!kFused) common::wait_for_previous_kernel();
-            const Split split = Split::of(rows.fill(p, lane), gridDim.x, inverse_blocks, p.min_tiles);
-            const int begin = split.begin(range), tiles = split.begin(range + 1) - begin;
-            const Walk walk = tiles > 0 ? Walk::at(rows, begin, lane) : Walk{};
-            __syncthreads();
-            if (tiles > 0) load_tiles<T, kHeadDim, kLoader>(p, maps, rows, walk, tiles, shared.ring, lane);
-            return;
-        }
-        if (warp == kQueryWarp) {
+            share = Share::of(p, rows, rows.fill(p, lane), range, inverse_blocks, lane);
+            if (lane == 0) *shared.share = share;
+        } else if (warp == kQueryWarp) {
             common::allow_next_kernel();
             if (kLoader == Loader::kTma && lane == 0) {
                 common::tma_prefetch_map(&maps.k);
                 common::tma_prefetch_map(&maps.v);
             }
-            if (!kFused) common::wait_for_previous_kernel();
-            prefetch_table(p, range, inverse_blocks, lane);
         } else if (lane == 0) {  // the barriers, each an instruction of some fifty cycles
 #pragma unroll 1
             for (int i = warp; i < 4 * p.stages; i += kComputeWarps) {
@@ -162,12 +159,17 @@ __global__ void __launch_bounds__(kThreads, 1)
             common::fence_barrier_init();
         }
         __syncthreads();
+        if (warp == kLoadWarp) {
+            if (share.tiles > 0)
+                load_tiles<T, kHeadDim, kLoader>(p, maps, rows, share.walk, share.tiles, shared.ring, lane);
+            return;
+        }
         common::wait_for_previous_kernel();
         if (warp == kQueryWarp) {
-            const Split split = Split::of(rows.total(), gridDim.x, inverse_blocks, p.min_tiles);
             QueryWarp<T, kHeadDim, kFused>{
-                p, rows, shared.slots, shared.slot_barriers, shared.slot_barriers + kQuerySlots * 8, lane}
-                .run(split, range);
+                p,     rows, shared.slots, shared.slot_barriers, shared.slot_barriers + kQuerySlots * 8, *shared.share,
+                range, lane}
+                .run();
         } else {
             compute<T, kHeadDim, kFused>(p, shared, range, warp, lane);
         }

@@ -4,8 +4,8 @@
 // produces. A block publishes by plain relaxed 128-bit stores, the block that finishes the unit reads until a place is
 // no longer empty, and empties it again. No fence, no counter, one trip through L2, and the workspace is clean for the
 // next launch. The reader waits only for blocks of lower blockIdx (see kernel.cuh), which the hardware started before
-// it and which themselves wait for nobody, so the wait ends. Partials are added in the order of their ranges: a repeat
-// is bitwise equal.
+// it and which themselves wait for nobody, so the wait ends. Partials are added in a fixed order: a repeat is bitwise
+// equal.
 #pragma once
 #include "decode_attn/tile_math.cuh"
 
@@ -75,29 +75,28 @@ __device__ __forceinline__ void publish(const Result& part, const Params& p, int
 }
 
 // Adds the partials of the `count` ranges from `first` on. A place that is still empty is asked for again, alone, so
-// the wait costs one trip through L2 after the last arrival.
+// the wait costs one trip through L2 after the last arrival. Eight partials a lane are on their way at a time; of their
+// states each row of lanes looks after one.
 __device__ __forceinline__ void collect(Result& total, const Params& p, int first, int count, int column, int lane) {
-    constexpr int kBatch = 4;  // partials of a lane on their way at a time
+    constexpr int kBatch = 8;
     const Lane my(p.group, lane);
+    const int turn = lane / 4;
     if (my.share > 0) total = {{-INFINITY, -INFINITY}, {}, {}};
 #pragma unroll 1
     for (; count > 0; first += kBatch << my.sharing, count -= kBatch << my.sharing) {
         const Partial place(p.partials, first + my.share, column, my, lane);
         const int step = Partial::kDistance << my.sharing;
         const int mine = my.pair < my.pairs ? (count - my.share + (1 << my.sharing) - 1) >> my.sharing : 0;
-        float4 o[kBatch], state[kBatch];
+        float4 o[kBatch], state = turn < mine ? empty_quad() : float4{-INFINITY, 0.0f, -INFINITY, 0.0f};
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            o[i] = i < mine ? empty_quad() : float4{0.0f, 0.0f, 0.0f, 0.0f};
-            state[i] = i < mine ? empty_quad() : float4{-INFINITY, 0.0f, -INFINITY, 0.0f};
-        }
+        for (int i = 0; i < kBatch; ++i) o[i] = i < mine ? empty_quad() : float4{0.0f, 0.0f, 0.0f, 0.0f};
         bool missing;
         do {  // the first round asks for everything, the last one finds nothing missing
-            missing = false;
+            missing = is_empty(state);
+            if (missing) state = load_relaxed(place.state + turn * step);
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
-                if (is_empty(o[i]) || is_empty(state[i])) {
-                    state[i] = load_relaxed(place.state + i * step);
+                if (is_empty(o[i])) {
                     o[i] = load_relaxed(place.o + i * step);
                     missing = true;
                 }
@@ -105,35 +104,39 @@ __device__ __forceinline__ void collect(Result& total, const Params& p, int firs
         } while (__any_sync(~0u, missing));
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-            if (i >= mine) break;
-            store_relaxed(place.o + i * step, empty_quad());
-            if (lane < 4) store_relaxed(place.state + i * step, empty_quad());
+            if (i < mine) store_relaxed(place.o + i * step, empty_quad());
         }
+        if (turn < mine) store_relaxed(place.state + turn * step, empty_quad());
 
-        float top[2] = {total.max[0], total.max[1]};
+        float top[2] = {state.x, state.z};
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            top[0] = fmaxf(top[0], state[i].x);
-            top[1] = fmaxf(top[1], state[i].z);
+        for (int distance = 4; distance < 32; distance *= 2) {
+            top[0] = fmaxf(top[0], __shfl_xor_sync(~0u, top[0], distance));
+            top[1] = fmaxf(top[1], __shfl_xor_sync(~0u, top[1], distance));
         }
-        if (mine <= 0) continue;
+        const bool any = mine > 0;
+        float factor[2], sum[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const float own = exp2_fast(total.max[h] - top[h]);
-            total.max[h] = top[h];
-            total.sum[h] *= own;
+            top[h] = any ? fmaxf(top[h], total.max[h]) : 0.0f;
+            factor[h] = exp2_fast((h ? state.z : state.x) - top[h]);
+            sum[h] = factor[h] * (h ? state.w : state.y);
+#pragma unroll
+            for (int distance = 4; distance < 32; distance *= 2) sum[h] += __shfl_xor_sync(~0u, sum[h], distance);
+            const float own = any ? exp2_fast(total.max[h] - top[h]) : 1.0f;
+            total.max[h] = any ? top[h] : total.max[h];
+            total.sum[h] = total.sum[h] * own + sum[h];
             total.o[h] *= own;
             total.o[h + 2] *= own;
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-            const float factor[2] = {exp2_fast(state[i].x - top[0]), exp2_fast(state[i].z - top[1])};
-            total.sum[0] += factor[0] * state[i].y;
-            total.sum[1] += factor[1] * state[i].w;
-            total.o[0] += factor[0] * o[i].x;
-            total.o[1] += factor[1] * o[i].y;
-            total.o[2] += factor[0] * o[i].z;
-            total.o[3] += factor[1] * o[i].w;
+            const float low = __shfl_sync(~0u, factor[0], 4 * i + (lane & 3)),
+                        high = __shfl_sync(~0u, factor[1], 4 * i + (lane & 3));
+            total.o[0] += low * o[i].x;
+            total.o[1] += high * o[i].y;
+            total.o[2] += low * o[i].z;
+            total.o[3] += high * o[i].w;
         }
     }
     const auto add_from = [&](int distance) {

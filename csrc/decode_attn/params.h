@@ -98,6 +98,7 @@ struct GroupExchange {
 // Dynamic shared memory: barriers and exchange first, then what depends on the launch.
 struct SharedLayout {
     static constexpr int kBarriers = 0;
+    static constexpr int kShare = 384;
     static constexpr int kTileExchange = 512;    // [kTileGroups]
     static constexpr int kGroupExchange = 3072;  // [2]: pieces take turns
     static constexpr int kRing = 12 * 1024;      // a multiple of the swizzle's period
@@ -113,7 +114,7 @@ struct SharedLayout {
     }
 };
 static_assert(2 * kQuerySlots == kComputeWarps);  // each initialises one of their barriers
-static_assert(8 * (4 * kMaxStages + 2 * kQuerySlots) <= SharedLayout::kTileExchange);
+static_assert(8 * (4 * kMaxStages + 2 * kQuerySlots) <= SharedLayout::kShare);
 static_assert(SharedLayout::kTileExchange + kTileGroups * sizeof(TileExchange) <= SharedLayout::kGroupExchange);
 static_assert(SharedLayout::kGroupExchange + 2 * sizeof(GroupExchange) <= SharedLayout::kRing);
 

@@ -84,7 +84,8 @@ struct QueryWarp {
     const Rows& rows;
     QuerySlot<kHeadDim>* slots;
     uint32_t full, empty;  // barriers of the slots
-    int lane;
+    Share share;
+    int range, lane;
     RingCursor cursor{0, 1};  // the first round does not wait
 
     // All lanes: waits for the slot, lets `fill` write it, hands it over.
@@ -97,7 +98,8 @@ struct QueryWarp {
         cursor.advance(1, kQuerySlots);
     }
 
-    __device__ __forceinline__ void prepare(const Piece& piece) {
+    // `last_tile`: of a unit whose first tile is in the piece, in the list of all tiles; -1: none.
+    __device__ __forceinline__ void prepare(Piece piece, int last_tile) {
         const int row = piece.row, head = piece.head;
         QueryFragments<kHeadDim> q;
         load_query<T, kHeadDim>(q, p, row, head, lane);
@@ -120,6 +122,7 @@ struct QueryWarp {
                 new_score = append<T, kHeadDim>(p, rows, row, head, position, q, k, v, lane);
             }
         }
+        if (last_tile >= 0) piece.others = share.split.range_of(last_tile) - range;
         hand_over([&](QuerySlot<kHeadDim>& slot) {
 #pragma unroll
             for (int i = 0; i < kHeadDim / 16; ++i) slot.fragments[i][lane] = {q.b[i][0], q.b[i][1]};
@@ -135,17 +138,19 @@ struct QueryWarp {
 
     // All pieces of the range, then what this block does for rows that have no tile and so belong to no range: row
     // `range`, range + grid, ...
-    __device__ __forceinline__ void run(const Split& split, int range) {
-        const int end = split.begin(range + 1);
-        int tile = split.begin(range), empty_row = range, empty_head = 0;
-        Walk walk = tile < end ? Walk::at(rows, tile, lane) : Walk{};
+    __device__ __forceinline__ void run() {
+        const int end = share.begin + share.tiles;
+        int tile = share.begin, empty_row = range, empty_head = 0;
+        Walk walk = share.walk;
 #pragma unroll 1
         while (true) {
             Piece next;
+            int last_tile = -1;
             if (tile < end) {
+                const bool finishes = walk.index == 0;
                 next = {walk.row, walk.head, min(walk.count - walk.index, end - tile),
-                        rows.tokens[walk.row] - walk.index * kBlockSize, -1};
-                if (walk.index == 0) next.others = split.range_of(tile + walk.count - 1) - range;
+                        rows.tokens[walk.row] - walk.index * kBlockSize, finishes ? 0 : -1};
+                if (finishes) last_tile = tile + walk.count - 1;
                 tile += next.tiles;
                 if (tile < end) walk.next_unit(rows);
             } else {
@@ -155,7 +160,7 @@ struct QueryWarp {
                 next = {empty_row, empty_head, 0, 0, 0};
                 if (++empty_head == p.num_kv_heads) empty_row += gridDim.x, empty_head = 0;
             }
-            prepare(next);
+            prepare(next, last_tile);
         }
         hand_over([&](QuerySlot<kHeadDim>& slot) { slot.piece.tiles = -1; });
     }

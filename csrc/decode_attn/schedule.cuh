@@ -10,13 +10,6 @@
 
 namespace decode_attn {
 
-// Not to be put off by the compiler until the value is needed: several loads shall be on their way together.
-__device__ __forceinline__ int load_once(const int* address) {
-    int x;
-    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(x) : "l"(address));
-    return x;
-}
-
 // The rows of the batch in shared memory: tokens, slots, and the number of tiles before each row (all its kv heads).
 struct Rows {
     int* tokens;        // [batch]
@@ -32,43 +25,56 @@ struct Rows {
           num_kv_heads(p.num_kv_heads) {}
 
     __device__ int tiles(int row) const { return ceil_div(tokens[row], kBlockSize); }
-    __device__ int total() const { return tiles_before[batch]; }
 
     // One warp reads the lengths and sums them up; returns the total. Rows of negative length count as empty here.
-    __device__ int fill(const Params& p, int lane) {
-        constexpr int kAtOnce = 4;  // 32 rows each: what is on its way at a time
+    __device__ __forceinline__ int fill(const Params& p, int lane) {
+        return batch <= 32 ? fill_by<1>(p, lane) : fill_by<8>(p, lane);
+    }
+
+    // Takes 32 kAtOnce rows a trip to memory.
+    template <int kAtOnce>
+    __device__ __forceinline__ int fill_by(const Params& p, int lane) {
         int before = 0;
 #pragma unroll 1
         for (int first = 0; first < batch; first += 32 * kAtOnce) {
-            int length[kAtOnce], slot[kAtOnce];
+            int length[kAtOnce], slot[kAtOnce], sum[kAtOnce];
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
-                const int row = first + 32 * i + lane;
-                length[i] = row < batch ? load_once(p.lengths + row) : 0;
-                slot[i] = row < batch && p.slots ? load_once(p.slots + row) : row;
+                slot[i] = min(first + 32 * i + lane, batch - 1);
+                length[i] = __ldg(p.lengths + slot[i]);
+            }
+            if (p.slots) {
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i) slot[i] = __ldg(p.slots + slot[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int tiles = max(ceil_div(length[i], kBlockSize), 0) * num_kv_heads;
+                sum[i] =
+                    first + 32 * i + lane < batch ? tiles : 0;  // becomes the sum over this lane and the lower ones
+            }
+            if (batch > 1) {
+#pragma unroll
+                for (int distance = 1; distance < 32; distance *= 2) {
+#pragma unroll
+                    for (int i = 0; i < kAtOnce; ++i) {
+                        const int other = __shfl_up_sync(~0u, sum[i], distance);
+                        sum[i] += lane >= distance ? other : 0;
+                    }
+                }
             }
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 const int row = first + 32 * i + lane;
-                if (first + 32 * i >= batch) break;
-                const int own = max(ceil_div(length[i], kBlockSize), 0) * num_kv_heads;
-                int sum = own;  // becomes the sum over this lane and the lower ones
-                if (batch > 1) {
-#pragma unroll
-                    for (int distance = 1; distance < 32; distance *= 2) {
-                        const int other = __shfl_up_sync(~0u, sum, distance);
-                        sum += lane >= distance ? other : 0;
-                    }
-                }
                 if (row < batch) {
                     tokens[row] = length[i];
                     slots[row] = slot[i];
-                    tiles_before[row] = before + sum - own;
+                    tiles_before[row + 1] = before + sum[i];
                 }
-                before += __shfl_sync(~0u, sum, min(31, batch - 1 - first - 32 * i));
+                before += __shfl_sync(~0u, sum[i], batch > 1 ? 31 : 0);
             }
         }
-        if (lane == 0) tiles_before[batch] = before;
+        if (lane == 0) tiles_before[0] = 0;
         __syncwarp();
         return before;
     }
@@ -78,7 +84,7 @@ struct Rows {
     __device__ int row_of(int tile, int lane) const {
         if (batch == 1) return 0;
         int rows_before = 0;
-#pragma unroll 1
+#pragma unroll 4
         for (int first = 0; first < batch; first += 32) {
             rows_before += __popc(__ballot_sync(~0u, first + lane < batch && tiles_before[first + lane] <= tile));
         }
@@ -103,6 +109,22 @@ struct Walk {
         head = 0;
         do count = rows.tiles(++row);
         while (count <= 0);
+    }
+};
+
+// What the block does, as its loading warp has found out.
+struct Share {
+    Split split;
+    Walk walk;         // at the first tile
+    int begin, tiles;  // in the list of all tiles
+
+    __device__ static Share of(const Params& p, const Rows& rows, int total, int range, float inverse_blocks,
+                               int lane) {
+        Share share{Split::of(total, gridDim.x, inverse_blocks, p.min_tiles)};
+        share.begin = share.split.begin(range);
+        share.tiles = share.split.begin(range + 1) - share.begin;
+        if (share.tiles > 0) share.walk = Walk::at(rows, share.begin, lane);
+        return share;
     }
 };
 

@@ -74,15 +74,6 @@ __device__ __forceinline__ void load_tile(const Params& p, const TensorMaps& map
     }
 }
 
-// Brings the entries of the block table that the block needs, if rows are about equally long, into its L1 cache while
-// the lengths are still on their way.
-__device__ __forceinline__ void prefetch_table(const Params& p, int range, float inverse_blocks, int lane) {
-    constexpr int kLine = 32;  // entries in 128 bytes
-    if (!p.block_table || lane * kLine >= p.stride_table_row) return;
-    const int row = Quotient::of(range * p.batch, gridDim.x, inverse_blocks).quotient;
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(p.block_table + row * p.stride_table_row + lane * kLine));
-}
-
 // The block's `tiles` tiles, the first of them at `walk`.
 template <typename T, int kHeadDim, Loader kLoader>
 __device__ __forceinline__ void load_tiles(const Params& p, const TensorMaps& maps, const Rows& rows, Walk walk,
