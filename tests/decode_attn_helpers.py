@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 BLOCK = 64
+MAX_SCORES = 1 << 30  # elements of the expected result's scores that exist at a time
 
 
 @dataclass
@@ -18,13 +19,14 @@ class Case:
     v_cache: torch.Tensor
     lengths: torch.Tensor  # int32 [B]
     rows: dict  # slots + blocks_per_slot, or block_table
-    blocks: torch.Tensor  # int64 [B, max_blocks], where each row's blocks are
+    blocks: torch.Tensor  # int64 [sequences, max_blocks], where the blocks are; row i reads sequence i % sequences
 
     def dense(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one row, [num_kv_heads, tokens, head_dim]."""
         tokens = max(int(self.lengths[row]), 0)
-        picked = self.blocks[row, : -(-tokens // BLOCK)]
-        return tuple(c[picked].transpose(0, 1).flatten(1, 2)[:, :tokens] for c in (self.k_cache, self.v_cache))
+        picked = self.blocks[row % len(self.blocks), : -(-tokens // BLOCK)]
+        k, v = (c[picked].transpose(0, 1).flatten(1, 2)[:, :tokens] for c in (self.k_cache, self.v_cache))
+        return k, v
 
 
 def make_case(
@@ -78,6 +80,16 @@ def make_case(
     return Case(q, caches[0], caches[1], lens, rows, blocks)
 
 
+def with_batch(case: Case, batch: int) -> Case:
+    """`batch` rows with queries of their own over the sequences of `case`, which all have one length: row i reads
+    sequence i % sequences, so that a large batch fits into memory. `case` has slots or a block table."""
+    sequences = torch.arange(batch, device=case.q.device) % len(case.blocks)
+    rows = {name: x[sequences] if isinstance(x, torch.Tensor) else x for name, x in case.rows.items()}
+    g = torch.Generator(device=case.q.device).manual_seed(batch)
+    q = torch.randn(batch, *case.q.shape[1:], generator=g, device=case.q.device).to(case.q.dtype)
+    return Case(q, case.k_cache, case.v_cache, case.lengths[:1].repeat(batch), rows, case.blocks[:batch])
+
+
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, compute: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,17 +109,37 @@ def truth(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scale = case.q.shape[-1] ** -0.5 if scale is None else scale
     lengths = case.lengths.tolist()
-    if len(set(lengths)) == 1 and lengths[0] > 0:  # all rows at once
-        batch, hq, d = case.q.shape
-        used = -(-lengths[0] // BLOCK)
-        k, v = (
-            c[case.blocks[:, :used]].transpose(1, 2).flatten(2, 3)[:, :, : lengths[0]].to(compute)
-            for c in (case.k_cache, case.v_cache)
-        )
-        scores = (case.q.to(compute).view(batch, k.shape[1], -1, d) @ k.transpose(2, 3)) * scale
-        return (torch.softmax(scores, -1) @ v).reshape(batch, hq, d), torch.logsumexp(scores, -1).view(batch, hq)
+    if len(set(lengths)) == 1 and lengths[0] > 0:
+        return _truth_of_equal_lengths(case, lengths[0], compute, scale)
     results = [attend(case.q[i], *case.dense(i), scale, compute) for i in range(len(lengths))]
     return torch.stack([out for out, _ in results]), torch.stack([lse for _, lse in results])
+
+
+def _truth_of_equal_lengths(
+    case: Case, length: int, compute: torch.dtype, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All rows of a sequence at once, in as many rounds as it takes to keep the scores small."""
+    sequences, (batch, num_heads, d) = len(case.blocks), case.q.shape
+    used = -(-length // BLOCK)
+    k, v = (
+        c[case.blocks[:, :used]].transpose(1, 2).flatten(2, 3)[:, :, :length].to(compute)
+        for c in (case.k_cache, case.v_cache)
+    )  # [sequences, num_kv_heads, length, head_dim]
+    num_kv_heads = k.shape[1]
+    rounds = -(-batch // sequences)
+    q = case.q.new_zeros(rounds * sequences, num_heads, d)
+    q[:batch] = case.q
+    q = q.view(rounds, sequences, num_kv_heads, -1, d)
+    at_once = max(1, MAX_SCORES // (sequences * num_heads * length))
+    outs, lses = [], []
+    for part in q.split(at_once):  # [n, sequences, num_kv_heads, group, head_dim]
+        rows = part.to(compute).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        scores = (rows @ k.transpose(2, 3)) * scale
+        shape = (sequences, num_kv_heads, len(part), -1)
+        lses.append(torch.logsumexp(scores, -1).view(shape).permute(2, 0, 1, 3).reshape(-1, num_heads))
+        out = torch.softmax(scores, -1) @ v
+        outs.append(out.view(*shape, d).permute(2, 0, 1, 3, 4).reshape(-1, num_heads, d))
+    return torch.cat(outs)[:batch], torch.cat(lses)[:batch]
 
 
 def error(x: torch.Tensor, reference: torch.Tensor) -> float:

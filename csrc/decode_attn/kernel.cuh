@@ -1,11 +1,10 @@
 // Split-KV flash-decode: one query token a row against its cached keys and values, one launch.
 //
 // Grid: one block a multiprocessor, whatever the batch and the lengths; block i takes range (grid - 1 - i) of
-// schedule.cuh. Block: kConsumerWarps warps that compute and one that loads. The loader fills a ring of (K, V) tiles as
-// far ahead as shared memory allows. A tile is 64 tokens of one kv head; warps 0-3 take the even tiles of the range,
-// warps 4-7 the odd ones, 16 tokens a warp, each at its own pace with its own softmax state. At the end of a piece the
-// eight states are merged; a whole unit is written, a cut one published for, or collected by, the block that holds the
-// unit's first tile.
+// schedule.cuh. Block: kComputeWarps warps that compute, one that loads tiles and one that prepares queries, both as
+// far ahead as shared memory allows. A tile is 64 tokens of one kv head, K and V apart; warps 0-3 take the even tiles
+// of the range together, warps 4-7 the odd ones (tile_math.cuh). At the end of a piece the two groups are merged; a
+// whole unit is written, a cut one published for, or collected by, the block that holds the unit's first tile.
 //
 // kFused: `q` is the packed qkv row of the new token, `lengths` its position. The block that finishes a unit rotates
 // and appends the new key and value and attends to them; the loads of old tiles depend on nothing but `lengths`.
@@ -16,74 +15,109 @@
 
 namespace decode_attn {
 
-constexpr int kNewTokenWarp = kConsumerWarps - 1;  // idle when the range has a single tile
-
-struct Piece {
-    int row, head, tiles;  // tiles of the unit in this range
-    int tokens;            // of the unit, from the first of these tiles on
-    bool finishes;         // holds the unit's first tile
-    int last_range;        // where the unit ends
-};
+constexpr int kPieceBarrier = 1, kTileBarrier = 2;  // of all computing warps, and one of each tile group
+static_assert(SharedLayout::kShare + sizeof(Share) <= SharedLayout::kTileExchange);
+constexpr int kLoadWarp = kComputeWarps, kQueryWarp = kComputeWarps + 1;
 
 // Where things lie in shared memory.
+template <int kHeadDim>
 struct Shared {
-    uint32_t ring, full, empty;  // addresses: tiles, and the barriers of each stage
-    float* states;               // of the warps
-    SoftmaxState* stats;
+    Ring ring;
+    uint32_t slot_barriers;  // full [kQuerySlots], empty [kQuerySlots]
+    QuerySlot<kHeadDim>* slots;
+    Share* share;
+    TileExchange* tile_exchange;
+    GroupExchange* group_exchange;
+
+    __device__ Shared(unsigned char* memory, const SharedLayout& layout, int stages) {
+        const uint32_t base = common::shared_address(memory);
+        ring = {base + SharedLayout::kRing, base + SharedLayout::kBarriers, stages};
+        slot_barriers = base + SharedLayout::kBarriers + 4 * kMaxStages * 8;
+        slots = reinterpret_cast<QuerySlot<kHeadDim>*>(memory + layout.queries);
+        share = reinterpret_cast<Share*>(memory + SharedLayout::kShare);
+        tile_exchange = reinterpret_cast<TileExchange*>(memory + SharedLayout::kTileExchange);
+        group_exchange = reinterpret_cast<GroupExchange*>(memory + SharedLayout::kGroupExchange);
+    }
 };
 
-// Merges the warps' states in shared memory; writes the output, or publishes the state for the block that finishes the
-// unit.
-template <typename T, int kHeadDim>
-__device__ void finish_piece(const Params& p, const Shared& shared, const Piece& piece, int range, int lane) {
-#pragma unroll 1
-    for (int pair = threadIdx.x; pair < p.group * (kHeadDim / 2); pair += kConsumerThreads) {
-        const int head = pair / (kHeadDim / 2), column = pair % (kHeadDim / 2) * 2;
-        ColumnPair total = merge_warps<kHeadDim>(shared.states, shared.stats, p.group, head, column);
-        if (!piece.finishes) {
-            publish<kHeadDim>(total, p.partials, range, p.group, head, column, lane);
-            continue;
-        }
-        if (piece.last_range > range) {
-            collect<kHeadDim>(total, p.partials, range + 1, piece.last_range, p.group, head, column, lane);
-        }
-        write_output<T>(total, p, piece.row, piece.head * p.group + head, column);
-    }
-}
-
-// Everything that happens to one piece. `cursor` points at the next tile of this warp's group, `index` at the piece's
-// first.
+// What a computing warp does, from the first piece to the last.
 template <typename T, int kHeadDim, bool kFused>
-__device__ void attend_piece(const Params& p, const Rows& rows, const Shared& shared, const Piece& piece, int range,
-                             int index, RingCursor& cursor, int& next, int warp, int lane) {
-    const SliceAddress at(warp % kWarpsPerTile, lane);
-    QueryFragments<kHeadDim> q;
-    WarpState<kHeadDim> state;
-    state.init();
-    load_query<T, kHeadDim, kFused>(q, p, piece.row, piece.head, rows.tokens[piece.row], lane);
-    if constexpr (kFused) {
-        if (piece.finishes && warp == kNewTokenWarp) {
-            const int position = rows.tokens[piece.row], index_in_row = position / kBlockSize;
-            const int block = p.block_table ? __ldg(p.block_table + piece.row * p.stride_table_row + index_in_row)
-                                            : rows.slots[piece.row] * p.blocks_per_slot + index_in_row;
-            attend_new_token<T, kHeadDim>(state, q, p, piece.row, piece.head, position, block, lane);
+__device__ __forceinline__ void compute(const Params& p, const Shared<kHeadDim>& shared, int range, int warp,
+                                        int lane) {
+    using State = GroupState<kHeadDim>;
+    const SliceAddress<kHeadDim> at(warp, lane);
+    const Ring& ring = shared.ring;
+    const int group = warp / kWarpsPerTile, slice = warp % kWarpsPerTile;
+    TileExchange& exchange = shared.tile_exchange[group];
+    const uint32_t weights = common::shared_address(exchange.weights);
+    RingCursor slot{0}, cursor{group};
+    int next = group;  // tile of this group, counted from the start of the range
+    int index = 0;     // first tile of the piece
+    for (int turn = 0;; turn ^= 1) {
+        common::mbarrier_wait(shared.slot_barriers + slot.stage * 8, slot.phase);
+        const QuerySlot<kHeadDim>& query = shared.slots[slot.stage];
+        const Piece piece = query.piece;
+        if (piece.tiles < 0) return;
+        QueryFragments<kHeadDim> q;
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 16; ++i) {
+            const uint2 pair = query.fragments[i][lane];
+            q.b[i][0] = pair.x;
+            q.b[i][1] = pair.y;
+        }
+        State state = State::empty();
+        if (kFused && group == 0 && piece.others >= 0) {  // the new token first, with weight 1
+            const float2 score = *reinterpret_cast<const float2*>(&query.new_score[2 * (lane & 3)]);
+            state.max[0] = score.x;
+            state.max[1] = score.y;
+            state.sum[0] = state.sum[1] = state.sum[2] = state.sum[3] = 1.0f;
+#pragma unroll
+            for (int part = 0; part < State::kParts; ++part) {
+                const T* value = reinterpret_cast<const T*>(query.new_value) + State::column(warp, part) + lane / 4;
+                state.o[part][0] = state.o[part][1] = common::Pack<T>::to_float(value[0]);
+                state.o[part][2] = state.o[part][3] = common::Pack<T>::to_float(value[8]);
+            }
+        }
+        __syncwarp();
+        if (lane == 0) common::mbarrier_arrive(shared.slot_barriers + (kQuerySlots + slot.stage) * 8);
+        slot.advance(1, kQuerySlots);
+
+#pragma unroll 1
+        for (; next < index + piece.tiles; next += kTileGroups) {
+            const int tokens = piece.tokens - (next - index) * kBlockSize - slice * kSliceTokens;
+            const uint32_t k_tile = ring.tile<kHeadDim>(cursor.stage, 0), v_tile = ring.tile<kHeadDim>(cursor.stage, 1);
+            float s[4];
+            common::mbarrier_wait(ring.full(cursor.stage, 0), cursor.phase);
+            slice_scores<T, kHeadDim>(s, q, k_tile, at);
+            __syncwarp();
+            if (lane == 0) common::mbarrier_arrive(ring.empty(cursor.stage, 0));
+            exchange_max(s, tokens, p.scale_log2, exchange, slice, lane);
+            common::named_sync(kTileBarrier + group, kWarpsPerTile * 32);
+            exchange_weights<T, kHeadDim>(state, s, exchange, slice, lane);
+            if (tokens < kSliceTokens) {
+                common::mbarrier_wait(ring.full(cursor.stage, 1), cursor.phase);
+                clear_values<kHeadDim>(v_tile, tokens, slice, lane);
+            }
+            common::named_sync(kTileBarrier + group, kWarpsPerTile * 32);
+            common::mbarrier_wait(ring.full(cursor.stage, 1), cursor.phase);
+            add_values<T, kHeadDim>(state, weights, v_tile, at, lane);
+            __syncwarp();
+            if (lane == 0) common::mbarrier_arrive(ring.empty(cursor.stage, 1));
+            cursor.advance(kTileGroups, ring.stages);
+        }
+        index += piece.tiles;
+
+        Result result;
+        const int column =
+            merge_groups<kHeadDim>(result, state, shared.group_exchange[turn], kPieceBarrier, warp, lane);
+        if (column < 0) continue;
+        if (piece.others < 0) {
+            publish(result, p, range, column, lane);
+        } else {
+            if (piece.others > 0) collect(result, p, range + 1, piece.others, column, lane);
+            write_output<T>(result, p, piece.row, piece.head, column, lane);
         }
     }
-    for (; next < index + piece.tiles; next += kTileGroups) {
-        const int tokens = piece.tokens - (next - index) * kBlockSize - (warp % kWarpsPerTile) * kSliceTokens;
-        common::mbarrier_wait(shared.full + cursor.stage * 8, cursor.phase);
-        if (tokens > 0)
-            attend_slice<T>(state, q, shared.ring + cursor.stage * 2 * tile_bytes(kHeadDim), at, tokens, p.scale_log2,
-                            lane);
-        __syncwarp();
-        if (lane == 0) common::mbarrier_arrive(shared.empty + cursor.stage * 8);
-        cursor.advance(kTileGroups, p.stages);
-    }
-
-    common::named_sync(kMergeBarrier, kConsumerThreads);  // the previous piece has been read
-    stage_warp_state<kHeadDim>(state, shared.states, shared.stats, p.group, warp, lane);
-    common::named_sync(kMergeBarrier, kConsumerThreads);
-    finish_piece<T, kHeadDim>(p, shared, piece, range, lane);
 }
 
 template <typename T, int kHeadDim, Loader kLoader, bool kFused>
@@ -96,79 +130,48 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
     if constexpr (kAvailable) {
         extern __shared__ __align__(1024) unsigned char memory[];
-        const SharedLayout layout = SharedLayout::of(kHeadDim, p.group, p.batch, p.stages);
-        const uint32_t base = common::shared_address(memory), full = base + SharedLayout::kBarriers;
-        const Shared shared{base + SharedLayout::kRing, full, full + kMaxStages * 8,
-                            reinterpret_cast<float*>(memory + layout.states),
-                            reinterpret_cast<SoftmaxState*>(memory + SharedLayout::kStats)};
+        const SharedLayout layout = SharedLayout::of(kHeadDim, p.batch, p.stages);
+        const Shared<kHeadDim> shared(memory, layout, p.stages);
         Rows rows(reinterpret_cast<int*>(memory + layout.rows), p);
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         const int range = gridDim.x - 1 - blockIdx.x;
+        const float inverse_blocks = Quotient::inverse(gridDim.x);
 
-        // The loading warp reads the lengths; meanwhile the others initialise the barriers, each an instruction of some
-        // fifty cycles.
-        if (warp == kConsumerWarps) {
+        // The way to the first load is the longest at the start, so the loading warp does nothing else.
+        Share share{};
+        if (warp == kLoadWarp) {
+            if (!kFused) common::wait_for_previous_kernel();
+            share = Share::of(p, rows, rows.fill(p, lane), range, inverse_blocks, lane);
+            if (lane == 0) *shared.share = share;
+        } else if (warp == kQueryWarp) {
             common::allow_next_kernel();
             if (kLoader == Loader::kTma && lane == 0) {
                 common::tma_prefetch_map(&maps.k);
                 common::tma_prefetch_map(&maps.v);
             }
-            if (!kFused) common::wait_for_previous_kernel();
-            rows.fill(p, lane);
-        } else if (lane == 0) {
+        } else if (lane == 0) {  // the barriers, each an instruction of some fifty cycles
 #pragma unroll 1
-            for (int stage = warp; stage < p.stages; stage += kConsumerWarps) {
-                common::mbarrier_init(shared.full + stage * 8, kLoader == Loader::kTma ? 1 : 32);
-                common::mbarrier_init(shared.empty + stage * 8, kWarpsPerTile);
+            for (int i = warp; i < 4 * p.stages; i += kComputeWarps) {
+                const int full = kLoader == Loader::kTma ? 1 : 32;
+                common::mbarrier_init(shared.ring.barriers + i * 8, i % 4 < 2 ? full : kWarpsPerTile);
             }
+            common::mbarrier_init(shared.slot_barriers + warp * 8, warp < kQuerySlots ? 1 : kComputeWarps);
             common::fence_barrier_init();
         }
-        const float inverse_blocks = Quotient::inverse(gridDim.x);
         __syncthreads();
-        const Split split = Split::of(rows.total(), gridDim.x, inverse_blocks, p.min_tiles);
-        const int begin = split.begin(range), end = split.begin(range + 1);
-        if (warp == kConsumerWarps) {
-            load_tiles<T, kHeadDim, kLoader>(p, maps, rows, begin, end, shared.ring, shared.full, shared.empty, lane);
+        if (warp == kLoadWarp) {
+            if (share.tiles > 0)
+                load_tiles<T, kHeadDim, kLoader>(p, maps, rows, share.walk, share.tiles, shared.ring, lane);
             return;
         }
-
         common::wait_for_previous_kernel();
-        RingCursor cursor{warp / kWarpsPerTile};
-        int next = warp / kWarpsPerTile;  // of this warp's group, counted from `begin`
-
-        // Rows without a cached token have no tile and so belong to no range: block `range` sees to rows range, range +
-        // grid, ...
-        int empty_row = range, empty_head = 0;
-        const auto skip_rows =
-            [&] {  // to the next row of this block that is only a new token; inactive rows become zero
-                for (; empty_row < p.batch; empty_row += gridDim.x) {
-                    if (kFused && rows.tokens[empty_row] == 0) return;
-                    if (rows.tokens[empty_row] <= 0) write_zeros<T, kHeadDim>(p, empty_row);
-                }
-            };
-        skip_rows();
-
-        int row = begin < end ? rows.row_of(begin, lane) : 0;
-        for (int tile = begin; tile < end || (kFused && empty_row < p.batch);) {
-            Piece piece;
-            if (kFused && empty_row < p.batch) {
-                piece = {empty_row, empty_head, 0, 0, true, range};
-                if (++empty_head == p.num_kv_heads) {
-                    empty_head = 0;
-                    empty_row += gridDim.x;
-                    skip_rows();
-                }
-            } else {
-                const Rows::Tile first = rows.locate(tile, row);
-                piece.row = row = first.row;
-                piece.head = first.head;
-                piece.tiles = min(first.count - first.index, end - tile);
-                piece.tokens = rows.tokens[first.row] - first.index * kBlockSize;
-                piece.finishes = first.index == 0;
-                piece.last_range = split.range_of(tile - first.index + first.count - 1);
-            }
-            attend_piece<T, kHeadDim, kFused>(p, rows, shared, piece, range, tile - begin, cursor, next, warp, lane);
-            tile += piece.tiles;
+        if (warp == kQueryWarp) {
+            QueryWarp<T, kHeadDim, kFused>{
+                p,     rows, shared.slots, shared.slot_barriers, shared.slot_barriers + kQuerySlots * 8, *shared.share,
+                range, lane}
+                .run();
+        } else {
+            compute<T, kHeadDim, kFused>(p, shared, range, warp, lane);
         }
     }
 }

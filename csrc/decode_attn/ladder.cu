@@ -92,21 +92,24 @@ __global__ void naive_kernel(const __grid_constant__ Params p) {
     }
 }
 
-// Grid (num_kv_heads, batch, parts), kConsumerThreads threads: kTileGroups tiles at a time, load, wait, compute, wait.
+// Grid (num_kv_heads, batch, parts), kComputeThreads threads: kTileGroups tiles at a time, load, wait, compute, wait.
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kConsumerThreads) tensor_core_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kComputeThreads) tensor_core_kernel(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     constexpr int kTileBytes = tile_bytes(kHeadDim), kChunks = kHeadDim / 8;
     const int kv_head = blockIdx.x, row = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int num_heads = gridDim.x * p.group;
     const Part part(p, row, 0, num_heads);
-    const SliceAddress at(warp % kWarpsPerTile, lane);
+    const SliceAddress<kHeadDim> at(warp, lane);
+    const int group = warp / kWarpsPerTile, slice = warp % kWarpsPerTile;
+    __shared__ TileExchange tile_exchange[kTileGroups];
+    __shared__ GroupExchange group_exchange;
+    const uint32_t tiles = common::shared_address(memory);  // K, V, K, V
     QueryFragments<kHeadDim> q;
-    WarpState<kHeadDim> state;
-    state.init();
-    load_query<T, kHeadDim, false>(q, p, row, kv_head, 0, lane);
+    auto state = GroupState<kHeadDim>::empty();
+    load_query<T, kHeadDim>(q, p, row, kv_head, lane);
     for (int first = part.begin; first < part.end; first += kTileGroups * kBlockSize) {
-        for (int i = threadIdx.x; i < kTileGroups * kBlockSize * kChunks; i += kConsumerThreads) {
+        for (int i = threadIdx.x; i < kTileGroups * kBlockSize * kChunks; i += kComputeThreads) {
             const int group = i / (kBlockSize * kChunks), token = i / kChunks % kBlockSize, chunk = i % kChunks;
             if (first + group * kBlockSize + token >= part.end) continue;
             const int64_t block = block_of(p, row, first / kBlockSize + group);
@@ -120,20 +123,31 @@ __global__ void __launch_bounds__(kConsumerThreads) tensor_core_kernel(const __g
         }
         __syncthreads();
         const int tokens = part.end - first - warp * kSliceTokens;
-        const uint32_t tile = common::shared_address(memory) + warp / kWarpsPerTile * 2 * kTileBytes;
-        if (tokens > 0) attend_slice<T>(state, q, tile, at, tokens, p.scale_log2, lane);
+        const uint32_t tile = tiles + group * 2 * kTileBytes;
+        float s[4];
+        slice_scores<T, kHeadDim>(s, q, tile, at);
+        exchange_max(s, tokens, p.scale_log2, tile_exchange[group], slice, lane);
+        __syncthreads();
+        const bool any = part.end - first > group * kBlockSize;  // otherwise there is no maximum
+        if (any) exchange_weights<T, kHeadDim>(state, s, tile_exchange[group], slice, lane);
+        if (tokens < kSliceTokens) clear_values<kHeadDim>(tile + kTileBytes, tokens, slice, lane);
+        __syncthreads();
+        if (any)
+            add_values<T, kHeadDim>(state, common::shared_address(tile_exchange[group].weights), tile + kTileBytes, at,
+                                    lane);
         __syncthreads();
     }
-    float* states = reinterpret_cast<float*>(memory + kTileGroups * 2 * kTileBytes);
-    __shared__ SoftmaxState stats[kConsumerWarps * kMaxGroup];
-    stage_warp_state<kHeadDim>(state, states, stats, p.group, warp, lane);
-    __syncthreads();
-    for (int pair = threadIdx.x; pair < p.group * (kHeadDim / 2); pair += kConsumerThreads) {
-        const int head = pair / (kHeadDim / 2), column = pair % (kHeadDim / 2) * 2;
-        const ColumnPair total = merge_warps<kHeadDim>(states, stats, p.group, head, column);
+    Result result;
+    const int first_column = merge_groups<kHeadDim>(result, state, group_exchange, 1, warp, lane);
+    if (first_column < 0) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int head = 2 * (lane & 3) + i % 2, column = first_column + lane / 4 + i / 2 * 8;
+        if (head >= p.group) continue;
         const int out_head = kv_head * p.group + head, index = part.index + out_head * gridDim.z;
-        deliver<T>(p, total.state, total.o.x, row, out_head, column, kHeadDim, index);
-        deliver<T>(p, total.state, total.o.y, row, out_head, column + 1, kHeadDim, index);
+        const SoftmaxState total =
+            part.begin < part.end ? SoftmaxState{result.max[i % 2], result.sum[i % 2]} : SoftmaxState::empty();
+        deliver<T>(p, total, part.begin < part.end ? result.o[i] : 0.0f, row, out_head, column, kHeadDim, index);
     }
 }
 
@@ -158,11 +172,10 @@ template <typename T, int kHeadDim>
 void run(const Params& p, Version version, int parts, cudaStream_t stream) {
     const int num_heads = p.num_kv_heads * p.group;
     if (version == Version::kTensorCore) {
-        const int bytes =
-            kTileGroups * 2 * tile_bytes(kHeadDim) + kConsumerWarps * p.group * state_stride(kHeadDim) * 4;
+        const int bytes = kTileGroups * 2 * tile_bytes(kHeadDim);
         CHECK_CUDA(
             cudaFuncSetAttribute(tensor_core_kernel<T, kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-        tensor_core_kernel<T, kHeadDim><<<dim3(p.num_kv_heads, p.batch, parts), kConsumerThreads, bytes, stream>>>(p);
+        tensor_core_kernel<T, kHeadDim><<<dim3(p.num_kv_heads, p.batch, parts), kComputeThreads, bytes, stream>>>(p);
     } else {
         naive_kernel<T, kHeadDim><<<dim3(num_heads, p.batch, parts), kNaiveWarps * 32, 0, stream>>>(p);
     }

@@ -118,9 +118,9 @@ void launch(Params p, const Launch& how) {
 
     const int limit = shared_memory_limit();
     p.stages = max_stages(how.head_dim);
-    while (p.stages > kTileGroups && SharedLayout::of(how.head_dim, p.group, p.batch, p.stages).bytes > limit)
+    while (p.stages > kTileGroups && SharedLayout::of(how.head_dim, p.batch, p.stages).bytes > limit)
         p.stages -= kTileGroups;
-    const int bytes = SharedLayout::of(how.head_dim, p.group, p.batch, p.stages).bytes;
+    const int bytes = SharedLayout::of(how.head_dim, p.batch, p.stages).bytes;
     require(bytes <= limit, "batch " + std::to_string(p.batch) + " needs " + std::to_string(bytes) +
                                 " bytes of shared memory, this GPU has " + std::to_string(limit));
     allow_shared_memory(kernel, limit);

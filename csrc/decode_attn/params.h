@@ -11,27 +11,24 @@ constexpr int kMaxGroup = 8;      // query heads per kv head that one tensor-cor
 constexpr int kSliceTokens = 16;  // tokens that one warp takes of a tile
 constexpr int kWarpsPerTile = kBlockSize / kSliceTokens;
 constexpr int kTileGroups = 2;  // sets of warps that take alternate tiles
-constexpr int kConsumerWarps = kWarpsPerTile * kTileGroups;
-constexpr int kConsumerThreads = kConsumerWarps * 32;
-constexpr int kThreads = kConsumerThreads + 32;  // and one warp that only loads
+constexpr int kComputeWarps = kWarpsPerTile * kTileGroups;
+constexpr int kComputeThreads = kComputeWarps * 32;
+constexpr int kThreads = kComputeThreads + 2 * 32;  // and one warp that loads tiles, one that prepares queries
 // A multiple of kTileGroups: so each stage always belongs to the same warps. A warp that met only every second phase of
 // a barrier could not tell them apart by parity.
-constexpr int kMaxStages = 12;
+constexpr int kMaxStages = 8;
 constexpr int max_stages(int head_dim) {
     return head_dim == 128 ? 4 : 6;
 }  // measured: 96 to 128 KB in flight
+constexpr int kQuerySlots = 4;                // pieces of work whose queries are ready before their turn
 constexpr uint32_t kEmptyWord = 0xFFFFBEEFu;  // a word of a partial that nobody has published yet (merge.cuh)
 constexpr int kStagedRowBytes =
     128;  // a tile lies in shared memory as panels of 64 columns: 64 rows of 128 bytes, swizzled
 
-// Floats that one block publishes for a unit that another block finishes: O [group][head_dim], then (max, sum) for
-// every warp that will read it: one for each 64 columns of each head.
-constexpr int kPartialFloats = kMaxGroup * (128 + 2 * 128 / 64);
-
-// Floats between the heads of a warp's state in shared memory; 4 more than there are columns, to keep the banks apart.
-__host__ __device__ constexpr int state_stride(int head_dim) {
-    return head_dim + 4;
-}
+// Floats that one block publishes for a unit that another block finishes. For every 16 columns: four of O for each
+// thread of a warp, and (max, sum) of two heads for each of four threads.
+constexpr int kColumnsPartialFloats = 4 * (32 + 4);
+constexpr int kPartialFloats = 128 / 16 * kColumnsPartialFloats;
 
 __host__ __device__ constexpr int tile_bytes(int head_dim) {
     return kBlockSize * head_dim * 2;
@@ -54,7 +51,7 @@ struct Params {
     const void* q;     // [batch, num_heads, head_dim]; fused: qkv [batch, (num_heads + 2 num_kv_heads) * head_dim]
     void* out;         // [batch, num_heads, head_dim]
     float* lse;        // [batch, num_heads] contiguous, natural logarithm; or null
-    float* partials;   // [grid, kPartialFloats], every word kEmptyWord between launches
+    float* partials;   // [grid, kPartialFloats], 16-byte aligned, every word kEmptyWord between launches
     int64_t stride_q_row, stride_q_head, stride_out_row, stride_out_head;
     const float* cos;  // fused only: [positions, head_dim / 2]
     const float* sin;
@@ -68,21 +65,57 @@ struct TensorMaps {
     CUtensorMap k, v;
 };
 
-// Dynamic shared memory: barriers and softmax statistics in the first kilobyte, then what depends on the launch.
-struct SharedLayout {
-    static constexpr int kBarriers = 0;  // full [kMaxStages], empty [kMaxStages]
-    static constexpr int kStats = 2 * kMaxStages * 8;
-    static constexpr int kRing = 1024;  // a multiple of the swizzle's period
-    int states, rows, bytes;            // offsets and the total
+// The part of a unit that lies in one block's range.
+struct Piece {
+    int row, head;  // of the unit
+    int tiles;      // -1: there are no more pieces
+    int tokens;     // of the unit, from the first of these tiles on
+    int others;     // 0: the unit is all here; n > 0: finish it with what the next n ranges publish; -1: publish
+};
 
-    __host__ __device__ static SharedLayout of(int head_dim, int group, int batch, int stages) {
+// What the query warp hands to the others for one piece.
+template <int kHeadDim>
+struct QuerySlot {
+    uint2 fragments[kHeadDim / 16][32];  // Q^T as the tensor cores take it: 16 columns, one pair a lane
+    float new_score[kMaxGroup];          // fused: the scaled score of the new token, and its value
+    uint16_t new_value[kHeadDim];
+    Piece piece;
+    int padding[3];
+};
+
+// What the four warps of a tile tell each other.
+struct TileExchange {
+    float max[kWarpsPerTile][kMaxGroup];  // of a slice's scores
+    uint4 weights[kBlockSize];            // of a token, for eight heads
+};
+
+// What the tile groups give each other at the end of a piece: O of 16 columns, and their states.
+struct GroupExchange {
+    float4 o[kComputeWarps][32];
+    float4 state[kTileGroups][4];
+};
+
+// Dynamic shared memory: barriers and exchange first, then what depends on the launch.
+struct SharedLayout {
+    static constexpr int kBarriers = 0;
+    static constexpr int kShare = 384;
+    static constexpr int kTileExchange = 512;    // [kTileGroups]
+    static constexpr int kGroupExchange = 3072;  // [2]: pieces take turns
+    static constexpr int kRing = 12 * 1024;      // a multiple of the swizzle's period
+    int queries, rows, bytes;                    // offsets and the total
+
+    __host__ __device__ static SharedLayout of(int head_dim, int batch, int stages) {
         SharedLayout layout{};
-        layout.states = kRing + stages * 2 * tile_bytes(head_dim);
-        layout.rows = layout.states + kConsumerWarps * group * state_stride(head_dim) * 4;
+        layout.queries = kRing + stages * 2 * tile_bytes(head_dim);
+        layout.rows =
+            layout.queries + kQuerySlots * int(head_dim == 128 ? sizeof(QuerySlot<128>) : sizeof(QuerySlot<64>));
         layout.bytes = layout.rows + 4 * (3 * batch + 1);
         return layout;
     }
 };
-static_assert(SharedLayout::kStats + kConsumerWarps * kMaxGroup * 8 <= SharedLayout::kRing);
+static_assert(2 * kQuerySlots == kComputeWarps);  // each initialises one of their barriers
+static_assert(8 * (4 * kMaxStages + 2 * kQuerySlots) <= SharedLayout::kShare);
+static_assert(SharedLayout::kTileExchange + kTileGroups * sizeof(TileExchange) <= SharedLayout::kGroupExchange);
+static_assert(SharedLayout::kGroupExchange + 2 * sizeof(GroupExchange) <= SharedLayout::kRing);
 
 }  // namespace decode_attn

@@ -1,7 +1,10 @@
-// The query's fragments, straight from global memory; in the fused kernel rotated on the way, and with them the new
-// token: its key is rotated and appended, its value appended, and both enter the softmax as a slice of one token.
+// The query warp: it walks the block's range piece by piece, ahead of the computing warps, and hands them for each
+// piece what is to be done and the query's fragments. In the fused kernel it rotates them on the way, and appends the
+// new token to the cache where a unit is finished: its score and its value are the state that the unit starts from.
 #pragma once
-#include "decode_attn/tile_math.cuh"
+#include "decode_attn/merge.cuh"
+#include "decode_attn/schedule.cuh"
+#include "decode_attn/tile_load.cuh"
 
 namespace decode_attn {
 
@@ -37,66 +40,130 @@ __device__ __forceinline__ void rotate(uint32_t (&b)[kHeadDim / 16][2], const fl
     }
 }
 
-template <typename T, int kHeadDim, bool kFused>
+template <typename T, int kHeadDim>
 __device__ __forceinline__ void load_query(QueryFragments<kHeadDim>& q, const Params& p, int row, int kv_head,
-                                           int position, int lane) {
+                                           int lane) {
     const int head = lane / 4;  // within the group
     const T* source = static_cast<const T*>(p.q) + row * p.stride_q_row + (kv_head * p.group + head) * p.stride_q_head;
     load_vector<T, kHeadDim>(q.b, head < p.group ? source : nullptr, lane);
-    if constexpr (kFused) {
-        rotate<T, kHeadDim>(q.b, p.cos + int64_t(position) * (kHeadDim / 2), p.sin + int64_t(position) * (kHeadDim / 2),
-                            lane);
-    }
 }
 
-// Appends the new token of (row, kv_head) to the cache, in KV block `block`, and adds it to the state of the calling
-// warp.
+// Appends the new token of (row, kv_head) to the cache, and returns its scaled scores for the heads 2 * (lane % 4) and
+// the next. `k` is its rotated key, `v` its value, 64 columns a word.
 template <typename T, int kHeadDim>
-__device__ void attend_new_token(WarpState<kHeadDim>& state, const QueryFragments<kHeadDim>& q, const Params& p,
-                                 int row, int kv_head, int position, int block, int lane) {
-    const int num_heads = p.num_kv_heads * p.group, r = lane / 4, c = 2 * (lane & 3);
-    const T* qkv = static_cast<const T*>(p.q) + row * p.stride_q_row;
-    const T* k_new = qkv + (num_heads + kv_head) * kHeadDim;
-    const T* v_new = k_new + p.num_kv_heads * kHeadDim;
+__device__ __forceinline__ float2 append(const Params& p, const Rows& rows, int row, int kv_head, int position,
+                                         const QueryFragments<kHeadDim>& q, const uint32_t (&k)[kHeadDim / 16][2],
+                                         const uint32_t (&v)[kHeadDim / 64], int lane) {
+    const int index = position / kBlockSize, r = lane / 4, c = 2 * (lane & 3);
     const int64_t token = position % kBlockSize;
+    const int block = p.block_table ? __ldg(p.block_table + row * p.stride_table_row + index)
+                                    : rows.slots[row] * p.blocks_per_slot + index;
     T* k_target = static_cast<T*>(const_cast<void*>(p.k_cache)) + block * p.stride_k_block + kv_head * p.stride_k_head +
                   token * p.stride_k_token;
     T* v_target = static_cast<T*>(const_cast<void*>(p.v_cache)) + block * p.stride_v_block + kv_head * p.stride_v_head +
                   token * p.stride_v_token;
-
-    uint32_t k[kHeadDim / 16][2];  // every group of four lanes holds the whole key
-    load_vector<T, kHeadDim>(k, k_new, lane);
-    rotate<T, kHeadDim>(k, p.cos + int64_t(position) * (kHeadDim / 2), p.sin + int64_t(position) * (kHeadDim / 2),
-                        lane);
     float s[4] = {};
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
-        const uint32_t a[4] = {r == 0 ? k[i][0] : 0u, 0u, r == 0 ? k[i][1] : 0u, 0u};  // the token is row 0 of 16
+        const uint32_t a[4] = {k[i][0], k[i][0], k[i][1], k[i][1]};  // every group of four lanes holds the whole key
         common::mma<T>(s, a, q.b[i][0], q.b[i][1]);
         if (r == i % 8) {
             *reinterpret_cast<uint32_t*>(k_target + 16 * i + c) = k[i][0];
             *reinterpret_cast<uint32_t*>(k_target + 16 * i + 8 + c) = k[i][1];
         }
     }
-    uint32_t p0, p1;
-    slice_softmax<T>(state, s, 1, p.scale_log2, lane, p0, p1);
-    uint32_t v[kHeadDim / 64];  // columns 64 i + 2 lane and the next
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 64; ++i) {
-        v[i] = __ldg(reinterpret_cast<const uint32_t*>(v_new) + 32 * i + lane);
-        reinterpret_cast<uint32_t*>(v_target)[32 * i + lane] = v[i];
-    }
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 16;
-         ++i) {  // columns 16 i + r and 16 i + 8 + r, as token 0: lower half of the lanes with c = 0
-        uint32_t a[4] = {0u, 0u, 0u, 0u};
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint32_t pair = __shfl_sync(~0u, v[i / 4], (8 * i + 4 * half + r / 2) % 32);
-            a[half] = c == 0 ? (r & 1 ? pair >> 16 : pair & 0xffffu) : 0u;
-        }
-        common::mma<T>(state.o[i], a, p0, p1);
-    }
+    for (int i = 0; i < kHeadDim / 64; ++i) reinterpret_cast<uint32_t*>(v_target)[32 * i + lane] = v[i];
+    return {s[0] * p.scale_log2, s[1] * p.scale_log2};
 }
+
+// Where the query warp is in the slots, and what it needs to fill the next one.
+template <typename T, int kHeadDim, bool kFused>
+struct QueryWarp {
+    const Params& p;
+    const Rows& rows;
+    QuerySlot<kHeadDim>* slots;
+    uint32_t full, empty;  // barriers of the slots
+    Share share;
+    int range, lane;
+    RingCursor cursor{0, 1};  // the first round does not wait
+
+    // All lanes: waits for the slot, lets `fill` write it, hands it over.
+    template <typename Fill>
+    __device__ __forceinline__ void hand_over(Fill fill) {
+        common::mbarrier_wait(empty + cursor.stage * 8, cursor.phase);
+        fill(slots[cursor.stage]);
+        __syncwarp();
+        if (lane == 0) common::mbarrier_arrive(full + cursor.stage * 8);
+        cursor.advance(1, kQuerySlots);
+    }
+
+    // `last_tile`: of a unit whose first tile is in the piece, in the list of all tiles; -1: none.
+    __device__ __forceinline__ void prepare(Piece piece, int last_tile) {
+        const int row = piece.row, head = piece.head;
+        QueryFragments<kHeadDim> q;
+        load_query<T, kHeadDim>(q, p, row, head, lane);
+        float2 new_score = {0.0f, 0.0f};
+        uint32_t v[kHeadDim / 64];
+        if constexpr (kFused) {
+            const int position = rows.tokens[row];
+            const float *cos = p.cos + int64_t(position) * (kHeadDim / 2),
+                        *sin = p.sin + int64_t(position) * (kHeadDim / 2);
+            const T* k_new =
+                static_cast<const T*>(p.q) + row * p.stride_q_row + (p.num_kv_heads * p.group + head) * kHeadDim;
+            uint32_t k[kHeadDim / 16][2];
+            load_vector<T, kHeadDim>(k, k_new, lane);
+#pragma unroll
+            for (int i = 0; i < kHeadDim / 64; ++i)
+                v[i] = __ldg(reinterpret_cast<const uint32_t*>(k_new + p.num_kv_heads * kHeadDim) + 32 * i + lane);
+            rotate<T, kHeadDim>(q.b, cos, sin, lane);
+            if (piece.others >= 0) {
+                rotate<T, kHeadDim>(k, cos, sin, lane);
+                new_score = append<T, kHeadDim>(p, rows, row, head, position, q, k, v, lane);
+            }
+        }
+        if (last_tile >= 0) piece.others = share.split.range_of(last_tile) - range;
+        hand_over([&](QuerySlot<kHeadDim>& slot) {
+#pragma unroll
+            for (int i = 0; i < kHeadDim / 16; ++i) slot.fragments[i][lane] = {q.b[i][0], q.b[i][1]};
+            if constexpr (kFused) {
+                if (lane < 4) *reinterpret_cast<float2*>(&slot.new_score[2 * lane]) = new_score;
+#pragma unroll
+                for (int i = 0; i < kHeadDim / 64; ++i)
+                    reinterpret_cast<uint32_t*>(slot.new_value)[32 * i + lane] = v[i];
+            }
+            slot.piece = piece;
+        });
+    }
+
+    // All pieces of the range, then what this block does for rows that have no tile and so belong to no range: row
+    // `range`, range + grid, ...
+    __device__ __forceinline__ void run() {
+        const int end = share.begin + share.tiles;
+        int tile = share.begin, empty_row = range, empty_head = 0;
+        Walk walk = share.walk;
+#pragma unroll 1
+        while (true) {
+            Piece next;
+            int last_tile = -1;
+            if (tile < end) {
+                const bool finishes = walk.index == 0;
+                next = {walk.row, walk.head, min(walk.count - walk.index, end - tile),
+                        rows.tokens[walk.row] - walk.index * kBlockSize, finishes ? 0 : -1};
+                if (finishes) last_tile = tile + walk.count - 1;
+                tile += next.tiles;
+                if (tile < end) walk.next_unit(rows);
+            } else {
+                for (; empty_row < p.batch && (!kFused || rows.tokens[empty_row] != 0); empty_row += gridDim.x)
+                    if (rows.tokens[empty_row] <= 0) write_zeros<T, kHeadDim>(p, empty_row, lane);
+                if (empty_row >= p.batch) break;
+                next = {empty_row, empty_head, 0, 0, 0};
+                if (++empty_head == p.num_kv_heads) empty_row += gridDim.x, empty_head = 0;
+            }
+            prepare(next, last_tile);
+        }
+        hand_over([&](QuerySlot<kHeadDim>& slot) { slot.piece.tiles = -1; });
+    }
+};
 
 }  // namespace decode_attn

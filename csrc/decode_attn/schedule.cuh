@@ -16,7 +16,6 @@ struct Rows {
     int* slots;         // [batch]
     int* tiles_before;  // [batch + 1]
     int batch, num_kv_heads;
-    static constexpr int kRowsAtOnce = 4;
 
     __device__ Rows(int* memory, const Params& p)
         : tokens(memory),
@@ -26,79 +25,106 @@ struct Rows {
           num_kv_heads(p.num_kv_heads) {}
 
     __device__ int tiles(int row) const { return ceil_div(tokens[row], kBlockSize); }
-    __device__ int total() const { return tiles_before[batch]; }
 
-    // One warp reads the lengths and sums them up. Rows of negative length count as empty here.
-    __device__ void fill(const Params& p, int lane) {
-        const int per_lane = (batch + 31) / 32, first = lane * per_lane, last = min(first + per_lane, batch);
-        int sum = 0;
-#pragma unroll 1
-        for (int start = first; start < last; start += kRowsAtOnce) {
-            int length[kRowsAtOnce], slot[kRowsAtOnce];
-#pragma unroll
-            for (int i = 0; i < kRowsAtOnce; ++i) {
-                const int row = min(start + i, last - 1);
-                length[i] = __ldg(p.lengths + row);
-                slot[i] = p.slots ? __ldg(p.slots + row) : row;
-            }
-#pragma unroll
-            for (int i = 0; i < kRowsAtOnce; ++i) {
-                if (start + i >= last) break;
-                tokens[start + i] = length[i];
-                slots[start + i] = slot[i];
-                tiles_before[start + i] = sum;
-                sum += max(ceil_div(length[i], kBlockSize), 0) * num_kv_heads;
-            }
-        }
-        int before = sum;  // becomes the sum over the lower lanes
-        if (batch > 1) {
-#pragma unroll
-            for (int distance = 1; distance < 32; distance *= 2) {
-                const int other = __shfl_up_sync(~0u, before, distance);
-                before += lane >= distance ? other : 0;
-            }
-        }
-        const int total = __shfl_sync(~0u, before, (batch - 1) / per_lane);  // of the lane that holds the last row
-        before -= sum;
-#pragma unroll 1
-        for (int row = first; row < last && before > 0; ++row) tiles_before[row] += before;
-        if (lane == 0) tiles_before[batch] = total;
-        __syncwarp();
+    // One warp reads the lengths and sums them up; returns the total. Rows of negative length count as empty here.
+    __device__ __forceinline__ int fill(const Params& p, int lane) {
+        return batch <= 32 ? fill_by<1>(p, lane) : fill_by<8>(p, lane);
     }
 
-    struct Tile {
-        int row, head, index, count;  // tile `index` of the row's `count`
-    };
+    // Takes 32 kAtOnce rows a trip to memory.
+    template <int kAtOnce>
+    __device__ __forceinline__ int fill_by(const Params& p, int lane) {
+        int before = 0;
+#pragma unroll 1
+        for (int first = 0; first < batch; first += 32 * kAtOnce) {
+            int length[kAtOnce], slot[kAtOnce], sum[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                slot[i] = min(first + 32 * i + lane, batch - 1);
+                length[i] = __ldg(p.lengths + slot[i]);
+            }
+            if (p.slots) {
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i) slot[i] = __ldg(p.slots + slot[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int tiles = max(ceil_div(length[i], kBlockSize), 0) * num_kv_heads;
+                sum[i] =
+                    first + 32 * i + lane < batch ? tiles : 0;  // becomes the sum over this lane and the lower ones
+            }
+            if (batch > 1) {
+#pragma unroll
+                for (int distance = 1; distance < 32; distance *= 2) {
+#pragma unroll
+                    for (int i = 0; i < kAtOnce; ++i) {
+                        const int other = __shfl_up_sync(~0u, sum[i], distance);
+                        sum[i] += lane >= distance ? other : 0;
+                    }
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int row = first + 32 * i + lane;
+                if (row < batch) {
+                    tokens[row] = length[i];
+                    slots[row] = slot[i];
+                    tiles_before[row + 1] = before + sum[i];
+                }
+                before += __shfl_sync(~0u, sum[i], batch > 1 ? 31 : 0);
+            }
+        }
+        if (lane == 0) tiles_before[0] = 0;
+        __syncwarp();
+        return before;
+    }
 
     // The row of a tile, the same for the whole warp: how many rows begin at or before it. Empty rows do not count: the
     // last row that begins at the tile is the one that has it.
     __device__ int row_of(int tile, int lane) const {
         if (batch == 1) return 0;
         int rows_before = 0;
-#pragma unroll 1
+#pragma unroll 4
         for (int first = 0; first < batch; first += 32) {
             rows_before += __popc(__ballot_sync(~0u, first + lane < batch && tiles_before[first + lane] <= tile));
         }
         return rows_before - 1;
     }
+};
 
-    // `row` is the tile's row or an earlier one.
-    __device__ Tile locate(int tile, int row) const {
-        if (tiles_before[row + 1] <= tile) {
-            int high = batch - 1;  // search the last row with tiles_before <= tile
-            ++row;
-#pragma unroll 1
-            while (row < high) {
-                const int middle = (row + high + 1) / 2;
-                if (tiles_before[middle] <= tile)
-                    row = middle;
-                else
-                    high = middle - 1;
-            }
-        }
-        const int count = tiles(row);
-        const Quotient place = Quotient::of(tile - tiles_before[row], count);
+// A place in the list of tiles: tile `index` of the `count` of a unit.
+struct Walk {
+    int row, head, index, count;
+
+    __device__ static Walk at(const Rows& rows, int tile, int lane) {
+        const int row = rows.row_of(tile, lane), count = rows.tiles(row);
+        const Quotient place = Quotient::of(tile - rows.tiles_before[row], count);
         return {row, place.quotient, place.remainder, count};
+    }
+
+    // To the first tile of the next unit; there must be one.
+    __device__ void next_unit(const Rows& rows) {
+        index = 0;
+        if (++head < rows.num_kv_heads) return;
+        head = 0;
+        do count = rows.tiles(++row);
+        while (count <= 0);
+    }
+};
+
+// What the block does, as its loading warp has found out.
+struct Share {
+    Split split;
+    Walk walk;         // at the first tile
+    int begin, tiles;  // in the list of all tiles
+
+    __device__ static Share of(const Params& p, const Rows& rows, int total, int range, float inverse_blocks,
+                               int lane) {
+        Share share{Split::of(total, gridDim.x, inverse_blocks, p.min_tiles)};
+        share.begin = share.split.begin(range);
+        share.tiles = share.split.begin(range + 1) - share.begin;
+        if (share.tiles > 0) share.walk = Walk::at(rows, share.begin, lane);
+        return share;
     }
 };
 

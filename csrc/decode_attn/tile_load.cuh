@@ -41,42 +41,78 @@ __device__ __forceinline__ void copy_tile_async(uint32_t target, const T* source
     }
 }
 
-template <typename T, int kHeadDim, Loader kLoader>
-__device__ void load_tiles(const Params& p, const TensorMaps& maps, const Rows& rows, int begin, int end, uint32_t ring,
-                           uint32_t full, uint32_t empty, int lane) {
-    constexpr int kTileBytes = tile_bytes(kHeadDim);
-    if (begin >= end) return;
-    int row = rows.row_of(begin, lane);
-    RingCursor cursor{0, 1};  // a fresh barrier's previous phase counts as complete: the first round does not wait
-    for (int first = begin; first < end; first += 32) {
-        // Each lane looks up one of the next 32 tiles.
-        const Rows::Tile mine = rows.locate(min(first + lane, end - 1), row);
-        row = __shfl_sync(~0u, mine.row, 31);
-        const int my_block = p.block_table ? __ldg(p.block_table + mine.row * p.stride_table_row + mine.index)
-                                           : rows.slots[mine.row] * p.blocks_per_slot + mine.index;
-        const int my_tokens = min(rows.tokens[mine.row] - mine.index * kBlockSize, kBlockSize);
-        for (int i = 0; i < min(32, end - first); ++i) {
-            const int block = __shfl_sync(~0u, my_block, i), head = __shfl_sync(~0u, mine.head, i);
-            const uint32_t stage = ring + cursor.stage * 2 * kTileBytes, ready = full + cursor.stage * 8;
-            if constexpr (kLoader == Loader::kTma) {
-                if (lane == 0) {
-                    common::mbarrier_wait(empty + cursor.stage * 8, cursor.phase);
-                    common::mbarrier_expect(ready, 2 * kTileBytes);
-                    common::tma_load_5d(stage, &maps.k, ready, 0, 0, 0, head, block);
-                    common::tma_load_5d(stage + kTileBytes, &maps.v, ready, 0, 0, 0, head, block);
-                }
-            } else {
-                const int tokens = __shfl_sync(~0u, my_tokens, i);
-                common::mbarrier_wait(empty + cursor.stage * 8, cursor.phase);
-                const T* k = static_cast<const T*>(p.k_cache) + block * p.stride_k_block + head * p.stride_k_head;
-                const T* v = static_cast<const T*>(p.v_cache) + block * p.stride_v_block + head * p.stride_v_head;
-                copy_tile_async<T, kHeadDim>(stage, k, p.stride_k_token, tokens, lane);
-                copy_tile_async<T, kHeadDim>(stage + kTileBytes, v, p.stride_v_token, tokens, lane);
-                common::cp_async_arrive(ready);
-            }
-            cursor.advance(1, p.stages);
-        }
+// Shared addresses of the ring's tiles and barriers.
+struct Ring {
+    uint32_t tiles, barriers;
+    int stages;
+
+    template <int kHeadDim>
+    __device__ uint32_t tile(int stage, int value) const {
+        return tiles + (2 * stage + value) * tile_bytes(kHeadDim);
     }
+    __device__ uint32_t full(int stage, int value) const { return barriers + (4 * stage + value) * 8; }
+    __device__ uint32_t empty(int stage, int value) const { return barriers + (4 * stage + 2 + value) * 8; }
+};
+
+// Requests the K (value = 0) or V (1) tile of (block, head) into the stage at `cursor`, once that is free.
+template <typename T, int kHeadDim, Loader kLoader>
+__device__ __forceinline__ void load_tile(const Params& p, const TensorMaps& maps, const Ring& ring, RingCursor cursor,
+                                          int value, int block, int head, int tokens, int lane) {
+    const uint32_t target = ring.tile<kHeadDim>(cursor.stage, value), full = ring.full(cursor.stage, value);
+    if constexpr (kLoader == Loader::kTma) {
+        if (lane == 0) {
+            common::mbarrier_wait(ring.empty(cursor.stage, value), cursor.phase);
+            common::mbarrier_expect(full, tile_bytes(kHeadDim));
+            common::tma_load_5d(target, value ? &maps.v : &maps.k, full, 0, 0, 0, head, block);
+        }
+    } else {
+        common::mbarrier_wait(ring.empty(cursor.stage, value), cursor.phase);
+        const T* source = value ? static_cast<const T*>(p.v_cache) + block * p.stride_v_block + head * p.stride_v_head
+                                : static_cast<const T*>(p.k_cache) + block * p.stride_k_block + head * p.stride_k_head;
+        copy_tile_async<T, kHeadDim>(target, source, value ? p.stride_v_token : p.stride_k_token, tokens, lane);
+        common::cp_async_arrive(full);
+    }
+}
+
+// The block's `tiles` tiles, the first of them at `walk`.
+template <typename T, int kHeadDim, Loader kLoader>
+__device__ __forceinline__ void load_tiles(const Params& p, const TensorMaps& maps, const Rows& rows, Walk walk,
+                                           int tiles, const Ring& ring, int lane) {
+    struct {
+        RingCursor cursor;
+        int block, head, tokens;
+    } now{{0, 1}, 0, 0, 0},
+        last{};  // a fresh barrier's previous phase counts as complete: the first round does not wait
+    bool first = true;
+#pragma unroll 1
+    while (true) {
+        const int count = min(walk.count - walk.index, tiles);
+        const int tokens = rows.tokens[walk.row] - walk.index * kBlockSize;
+        now.head = walk.head;
+#pragma unroll 1
+        for (int done = 0; done < count; done += 32) {
+            const int mine = walk.index + min(done + lane, count - 1);  // each lane looks up one of 32 blocks
+            const int my_block = p.block_table ? __ldg(p.block_table + walk.row * p.stride_table_row + mine)
+                                               : rows.slots[walk.row] * p.blocks_per_slot + mine;
+#pragma unroll 1
+            for (int i = 0; i < min(32, count - done); ++i) {
+                now.block = __shfl_sync(~0u, my_block, i);
+                now.tokens = min(tokens - (done + i) * kBlockSize, kBlockSize);
+                load_tile<T, kHeadDim, kLoader>(p, maps, ring, now.cursor, 0, now.block, now.head, now.tokens, lane);
+                // Values come one tile later: the first things needed are the scores of two tiles.
+                if (!first)
+                    load_tile<T, kHeadDim, kLoader>(p, maps, ring, last.cursor, 1, last.block, last.head, last.tokens,
+                                                    lane);
+                first = false;
+                last = now;
+                now.cursor.advance(1, ring.stages);
+            }
+        }
+        tiles -= count;
+        if (tiles == 0) break;
+        walk.next_unit(rows);
+    }
+    load_tile<T, kHeadDim, kLoader>(p, maps, ring, last.cursor, 1, last.block, last.head, last.tokens, lane);
     if constexpr (kLoader == Loader::kCpAsync) asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
