@@ -78,8 +78,7 @@ __device__ __forceinline__ void compute(const Params& p, const Shared<kHeadDim>&
                 state.o[part][2] = state.o[part][3] = common::Pack<T>::to_float(value[8]);
             }
         }
-        __syncwarp();
-        if (lane == 0) common::mbarrier_arrive(shared.slot_barriers + (kQuerySlots + slot.stage) * 8);
+        common::mbarrier_arrive(shared.slot_barriers + (kQuerySlots + slot.stage) * 8);
         slot.advance(1, kQuerySlots);
 
 #pragma unroll 1
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 const int full = kLoader == Loader::kTma ? 1 : 32;
                 common::mbarrier_init(shared.ring.barriers + i * 8, i % 4 < 2 ? full : kWarpsPerTile);
             }
-            common::mbarrier_init(shared.slot_barriers + warp * 8, warp < kQuerySlots ? 1 : kComputeWarps);
+            common::mbarrier_init(shared.slot_barriers + warp * 8, warp < kQuerySlots ? 32 : kComputeThreads);
             common::fence_barrier_init();
         }
         __syncthreads();

@@ -93,8 +93,7 @@ struct QueryWarp {
     __device__ __forceinline__ void hand_over(Fill fill) {
         common::mbarrier_wait(empty + cursor.stage * 8, cursor.phase);
         fill(slots[cursor.stage]);
-        __syncwarp();
-        if (lane == 0) common::mbarrier_arrive(full + cursor.stage * 8);
+        common::mbarrier_arrive(full + cursor.stage * 8);
         cursor.advance(1, kQuerySlots);
     }
 
