@@ -4,7 +4,7 @@ For a new set, write a module beside these and add a line to PROVIDERS; then a d
 """
 
 from benchmarks.record import Record
-from tools.figures import decode_attn, decode_step, demo_model, gpu_checks, model, ops, sampling
+from tools.figures import decode_attn, decode_step, demo_model, gpu_checks, model, ops, performance, sampling
 from tools.figures.provider import Provider
 
 PROVIDERS = (
@@ -12,7 +12,9 @@ PROVIDERS = (
     Provider("results/decode_attn/*.json", decode_attn.sections, decode_attn.plots),
     Provider("results/decode_step/*.json", decode_step.sections),
     Provider("results/ops/*.json", ops.sections),
+    Provider("results/skinny_linear/*.json", lambda results: {"ops-few-tokens": ops.few_tokens(results["h200"])}),
     Provider("results/sampling/*.json", sampling.sections),
+    Provider("results/performance/*.json", performance.sections),
     Provider("results/gpu_checks.json", gpu_checks.sections),
     Provider("models/demo/training.json", demo_model.sections),
 )

@@ -24,6 +24,22 @@ def sections(results: Results) -> dict[str, str]:
     }
 
 
+def few_tokens(record: dict[str, Any]) -> str:
+    """A line a context and number of tokens, a column a model: our kernels, cuBLASLt at its better run, the floor."""
+    cells = {
+        (row["context_len"], row["tokens"], row["shape"]): (
+            f"{row['skinny_us']:.0f}, {min(row['cublaslt_us'], row['cublaslt_again_us']):.0f}, {row['floor_us']:.0f}"
+        )
+        for row in record["rows"]
+    }
+    shapes = list(dict.fromkeys(shape for _, _, shape in cells))
+    lines = [
+        [str(context), str(tokens), *(cells.get((context, tokens, shape), "–") for shape in shapes)]
+        for context, tokens in sorted({key[:2] for key in cells})
+    ]
+    return markdown_table(["context", "tokens", *(shape.upper() for shape in shapes)], lines)
+
+
 def products(record: dict[str, Any]) -> str:
     """A line a projection, a column a number of tokens."""
     cells = {}

@@ -1,0 +1,15 @@
+"""What each stage of the work on whole-model speed was expected to do, and what it did."""
+
+from __future__ import annotations
+
+from benchmarks.text_table import markdown_table
+from tools.figures.provider import Results
+
+
+def sections(results: Results) -> dict[str, str]:
+    keys = ("floor", "before", "predicted", "after")
+    lines = [
+        [row["stage"], row["figure"], *("–" if row[key] is None else f"{row[key]:g}" for key in keys)]
+        for row in results["stages"]["rows"]
+    ]
+    return {"performance-stages": markdown_table(["stage", "figure", *keys], lines)}
