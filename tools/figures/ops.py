@@ -15,10 +15,10 @@ LIBRARIES = ("cuDNN", "FlashAttention 2")
 
 
 def sections(results: Results) -> dict[str, str]:
-    record = results["h200"]
+    record, large = results["h200"], results.get("large_products", {"rows": []})["rows"]
     return {
         "ops-products": products(record),
-        "ops-large-products": large_products.table(results["large_products"]["rows"]),
+        "ops-large-products": large_products.table(large) if large else NOTHING,
         "ops-elementwise": elementwise(record.get("elementwise", [])),
         "ops-prefill-attention": prefill_attention(record.get("prefill_attention", [])),
     }
