@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import large_products
+from benchmarks.large_products import table as large_products_table
 from benchmarks.ops import floor_us
 from benchmarks.sections import NOTHING
 from benchmarks.text_table import markdown_table
@@ -15,29 +15,32 @@ LIBRARIES = ("cuDNN", "FlashAttention 2")
 
 
 def sections(results: Results) -> dict[str, str]:
-    record, large = results["h200"], results.get("large_products", {"rows": []})["rows"]
+    record = results["h200"]
     return {
         "ops-products": products(record),
-        "ops-large-products": large_products.table(large) if large else NOTHING,
         "ops-elementwise": elementwise(record.get("elementwise", [])),
         "ops-prefill-attention": prefill_attention(record.get("prefill_attention", [])),
     }
 
 
-def few_tokens(record: dict[str, Any]) -> str:
+def many_tokens(results: Results) -> dict[str, str]:
+    return {"ops-large-products": large_products_table(results["h200"]["rows"])}
+
+
+def few_tokens(results: Results) -> dict[str, str]:
     """A line a context and number of tokens, a column a model: our kernels, cuBLASLt at its better run, the floor."""
     cells = {
         (row["context_len"], row["tokens"], row["shape"]): (
             f"{row['skinny_us']:.0f}, {min(row['cublaslt_us'], row['cublaslt_again_us']):.0f}, {row['floor_us']:.0f}"
         )
-        for row in record["rows"]
+        for row in results["h200"]["rows"]
     }
     shapes = list(dict.fromkeys(shape for _, _, shape in cells))
     lines = [
         [str(context), str(tokens), *(cells.get((context, tokens, shape), "–") for shape in shapes)]
         for context, tokens in sorted({key[:2] for key in cells})
     ]
-    return markdown_table(["context", "tokens", *(shape.upper() for shape in shapes)], lines)
+    return {"ops-few-tokens": markdown_table(["context", "tokens", *(shape.upper() for shape in shapes)], lines)}
 
 
 def products(record: dict[str, Any]) -> str:
