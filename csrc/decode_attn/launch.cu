@@ -1,9 +1,7 @@
-#include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
 
-#include "common/cuda_check.h"
+#include "common/tensor_map.h"
 #include "decode_attn/ladder.h"
 #include "decode_attn/launch.h"
 #include "decode_attn/tile_load.cuh"
@@ -38,23 +36,6 @@ void check(const Params& p, const Launch& how) {
     require(!how.fused || how.version >= Version::kRing, "this version has no fused form; choose ring or tma");
 }
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// Asked of the runtime, not linked: the library must load where there is no driver.
-EncodeTiled encode_tiled() {
-    static const EncodeTiled function = [] {
-        void* entry = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        CHECK_CUDA(
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
-        if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("this driver has no cuTensorMapEncodeTiled");
-        return reinterpret_cast<EncodeTiled>(entry);
-    }();
-    return function;
-}
-
 // The cache as (column in a panel of 64, token, panel, kv head, block); a box is one tile.
 CUtensorMap tile_map(const void* cache, const Launch& how, int num_kv_heads, int64_t stride_block, int64_t stride_head,
                      int64_t stride_token) {
@@ -67,11 +48,9 @@ CUtensorMap tile_map(const void* cache, const Launch& how, int num_kv_heads, int
     const auto type =
         how.dtype == common::Dtype::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     CUtensorMap map;
-    const CUresult status = encode_tiled()(&map, type, 5, const_cast<void*>(cache), sizes, strides, box, steps,
-                                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                           CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS)
-        throw std::runtime_error("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(status));
+    common::check_map(common::encode_tiled()(&map, type, 5, const_cast<void*>(cache), sizes, strides, box, steps,
+                                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                             CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
     return map;
 }
 
@@ -81,25 +60,6 @@ const void* select_kernel(const Launch& how, Loader loader) {
                                   : kernel_for<__nv_bfloat16, 128>(loader, how.fused);
     }
     return how.head_dim == 64 ? kernel_for<__half, 64>(loader, how.fused) : kernel_for<__half, 128>(loader, how.fused);
-}
-
-int shared_memory_limit() {
-    int device = 0, bytes = 0;
-    CHECK_CUDA(cudaGetDevice(&device));
-    CHECK_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return bytes;
-}
-
-// A block may use more than 48 KB only after this, once per kernel and device.
-void allow_shared_memory(const void* kernel, int bytes) {
-    static std::mutex mutex;
-    static std::set<std::pair<const void*, int>> done;
-    int device = 0;
-    CHECK_CUDA(cudaGetDevice(&device));
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (done.count({kernel, device})) return;
-    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    done.insert({kernel, device});
 }
 
 }  // namespace
@@ -116,14 +76,14 @@ void launch(Params p, const Launch& how) {
     const Loader loader = how.version == Version::kTma ? Loader::kTma : Loader::kCpAsync;
     const void* kernel = select_kernel(how, loader);
 
-    const int limit = shared_memory_limit();
+    const int limit = common::shared_memory_limit();
     p.stages = max_stages(how.head_dim);
     while (p.stages > kTileGroups && SharedLayout::of(how.head_dim, p.batch, p.stages).bytes > limit)
         p.stages -= kTileGroups;
     const int bytes = SharedLayout::of(how.head_dim, p.batch, p.stages).bytes;
     require(bytes <= limit, "batch " + std::to_string(p.batch) + " needs " + std::to_string(bytes) +
                                 " bytes of shared memory, this GPU has " + std::to_string(limit));
-    allow_shared_memory(kernel, limit);
+    common::allow_shared_memory(kernel, limit);
 
     TensorMaps maps{};
     if (loader == Loader::kTma) {

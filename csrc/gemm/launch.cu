@@ -1,10 +1,9 @@
 #include <algorithm>
-#include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
 
 #include "common/launch.h"
+#include "common/tensor_map.h"
 #include "gemm/kernel.cuh"
 
 namespace gemm {
@@ -31,23 +30,6 @@ void check(const Gemm& g) {
             "a residual belongs to the epilogue that adds it, and to no other");
 }
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// Asked of the runtime, not linked: the library must load where there is no driver.
-EncodeTiled encode_tiled() {
-    static const EncodeTiled function = [] {
-        void* entry = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        CHECK_CUDA(
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
-        if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("this driver has no cuTensorMapEncodeTiled");
-        return reinterpret_cast<EncodeTiled>(entry);
-    }();
-    return function;
-}
-
 // A row-major matrix, copied in boxes of `box_rows` by 64 columns (128 bytes, swizzled); zeros beyond its edges.
 CUtensorMap matrix_map(const void* matrix, common::Dtype dtype, int rows, int columns, int box_rows) {
     const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {cuuint64_t(columns) * 2};
@@ -55,24 +37,10 @@ CUtensorMap matrix_map(const void* matrix, common::Dtype dtype, int rows, int co
     const auto type =
         dtype == common::Dtype::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     CUtensorMap map;
-    const CUresult status = encode_tiled()(&map, type, 2, const_cast<void*>(matrix), sizes, strides, box, steps,
-                                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS)
-        throw std::runtime_error("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(status));
+    common::check_map(common::encode_tiled()(&map, type, 2, const_cast<void*>(matrix), sizes, strides, box, steps,
+                                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
     return map;
-}
-
-// A block may use more than 48 KB only after this, once per kernel and device.
-void allow_shared_memory(const void* kernel, int bytes) {
-    static std::mutex mutex;
-    static std::set<std::pair<const void*, int>> done;
-    int device = 0;
-    CHECK_CUDA(cudaGetDevice(&device));
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (done.count({kernel, device})) return;
-    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    done.insert({kernel, device});
 }
 
 int ceil_div(int a, int b) {
@@ -93,7 +61,7 @@ void launch_kernel(const Gemm& g, const Launch& how) {
     tiling.steps = ceil_div(g.size, kStageColumns);
 
     const void* kernel = reinterpret_cast<const void*>(gemm_kernel<T, Layout, kEpilogue>);
-    allow_shared_memory(kernel, Layout::kSharedBytes);
+    common::allow_shared_memory(kernel, Layout::kSharedBytes);
     cudaLaunchAttribute attributes[2]{};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;

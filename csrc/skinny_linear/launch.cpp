@@ -1,14 +1,11 @@
 #include "skinny_linear/launch.h"
 
-#include <cuda.h>
-
 #include <algorithm>
-#include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
 
-#include "common/cuda_check.h"
+#include "common/launch.h"
+#include "common/tensor_map.h"
 
 namespace skinny_linear {
 
@@ -86,52 +83,17 @@ SharedLayout lay_out(const Params& p, const Shape& shape, int tokens, Form form,
     return s;
 }
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// Asked of the runtime, not linked: the library must load where there is no driver.
-EncodeTiled encode_tiled() {
-    static const EncodeTiled function = [] {
-        void* entry = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        CHECK_CUDA(
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
-        if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("this driver has no cuTensorMapEncodeTiled");
-        return reinterpret_cast<EncodeTiled>(entry);
-    }();
-    return function;
-}
-
 // A row-major bf16 matrix as (column in a panel of 64, row, panel); what does not exist reads as zero.
 CUtensorMap matrix_map(const void* matrix, int rows, int columns, int box_rows, int boxes) {
     const cuuint64_t sizes[] = {kBox, cuuint64_t(rows), cuuint64_t(columns / kBox)};
     const cuuint64_t strides[] = {cuuint64_t(columns) * 2, kBox * 2};
     const cuuint32_t box[] = {kBox, cuuint32_t(box_rows), cuuint32_t(boxes)}, steps[] = {1, 1, 1};
     CUtensorMap map;
-    const CUresult status =
-        encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(matrix), sizes, strides, box, steps,
-                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS)
-        throw std::runtime_error("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(status));
+    common::check_map(common::encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(matrix),
+                                             sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
     return map;
-}
-
-// Once per kernel and device: a block may use more than 48 KB, and the SM's memory is split the same way for every
-// kernel of this family, because to change it an SM has to run empty.
-void allow_shared_memory(const void* kernel) {
-    static std::mutex mutex;
-    static std::set<std::pair<const void*, int>> done;
-    int device = 0, limit = 0;
-    CHECK_CUDA(cudaGetDevice(&device));
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (done.count({kernel, device})) return;
-    CHECK_CUDA(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
-    CHECK_CUDA(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-    done.insert({kernel, device});
 }
 
 cudaLaunchAttribute cluster_attribute(int blocks) {
@@ -140,13 +102,6 @@ cudaLaunchAttribute cluster_attribute(int blocks) {
     attribute.val.clusterDim.x = blocks;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     return attribute;
-}
-
-int num_sms() {
-    int device = 0, count = 0;
-    CHECK_CUDA(cudaGetDevice(&device));
-    CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
 }
 
 // Two neighbours in the chain of kernels fit on an SM together, and where one of them is a linear_add, it fits only
@@ -192,7 +147,7 @@ void launch(const Problem& q, const Tiling& t, bool overlap, cudaStream_t stream
     p.own_units = divide_up(t.tile_rows / unit_rows(q.form), t.splits);
     while (1 << p.unit_bits < p.own_units) ++p.unit_bits;
     // A cluster that adds up partial sums has one tile; if not all run at once, the rest follow.
-    const int clusters = t.splits > 1 || p.tiles <= 2 * num_sms() ? p.tiles : num_sms();
+    const int clusters = t.splits > 1 || p.tiles <= 2 * common::multiprocessors() ? p.tiles : common::multiprocessors();
     const bool one_tile = clusters == p.tiles;
     const int limit = shared_bytes(q.form);
     p.stages = std::min(kMaxStages, divide_up(p.steps, t.splits) * divide_up(p.tiles, clusters));
@@ -202,7 +157,7 @@ void launch(const Problem& q, const Tiling& t, bool overlap, cudaStream_t stream
                                          " bytes of shared memory, and may have " + std::to_string(limit));
 
     const void* kernel = select_kernel(tokens, shape.grid, q.form);
-    allow_shared_memory(kernel);
+    common::allow_shared_memory(kernel, common::shared_memory_limit(), true);
     CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, t.tile_rows, shape.boxes);
     CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens, shape.boxes);
 
