@@ -15,7 +15,7 @@ from llama3.rope import RopeTable
 from llama3.sampling import SamplingTensors
 from llama3.weights import ModelWeights
 
-FAMILIES = ("elementwise", "gemm", "skinny_linear", "decode_attn", "sampling", "decode_step")
+FAMILIES = ("elementwise", "gemm", "skinny_linear", "batch_linear", "decode_attn", "sampling", "decode_step")
 
 
 class CudaOps:

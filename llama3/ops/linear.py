@@ -4,10 +4,12 @@ For few tokens one kernel an op, for many on Hopper a kernel with SwiGLU fused, 
 between elementwise kernels.
 """
 
+from types import ModuleType
+
 import torch
 
 from llama3.errors import UserError
-from llama3.ops import elementwise, gemm, gemm_search, skinny_linear
+from llama3.ops import batch_linear, elementwise, gemm, gemm_search, skinny_linear
 from llama3.ops.cublaslt import ALIGNMENT, Product
 
 # From here on products alone are as fast in csrc/gemm/ as in cuBLASLt, or faster; SwiGLU, which saves a pass, sooner.
@@ -18,15 +20,15 @@ _products: dict[Product, Product] = {}
 
 def norm_linear(x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]."""
-    if _is_skinny(x, weight, norm_weight):
-        return skinny_linear.norm_linear(x, norm_weight, weight, eps)
+    if one_kernel := _one_kernel(x, weight, norm_weight):
+        return one_kernel.norm_linear(x, norm_weight, weight, eps)
     return product(elementwise.rms_norm(x, norm_weight, eps), weight)
 
 
 def norm_swiglu(x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
-    if _is_skinny(x, gate_up, norm_weight):
-        return skinny_linear.norm_swiglu(x, norm_weight, gate_up, eps)
+    if one_kernel := _one_kernel(x, gate_up, norm_weight):
+        return one_kernel.norm_swiglu(x, norm_weight, gate_up, eps)
     normed = elementwise.rms_norm(x, norm_weight, eps)
     if gate_up.dim() == 2 and gemm.suits(x.device, x.shape[0], *gate_up.shape):
         return gemm.swiglu(normed, gate_up)
@@ -35,18 +37,21 @@ def norm_swiglu(x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tenso
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """residual [T, N] + x [T, K] times weight [N, K] -> [T, N]; the sum is rounded once, the residual is not copied."""
-    if _is_skinny(x, weight, residual):
-        return skinny_linear.linear_add(x, weight, residual)
+    if one_kernel := _one_kernel(x, weight, residual):
+        return one_kernel.linear_add(x, weight, residual)
     return product(x, weight, residual)
 
 
-def _is_skinny(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether the kernels for few tokens take these tensors, and are the faster ones for their shapes."""
+def _one_kernel(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> ModuleType | None:
+    """The family of kernels that runs a whole op on these tensors, and is the fastest for their shapes."""
     if x.dim() != 2 or weight.dim() != 2:
-        return False
-    if not skinny_linear.pays(x.shape[0], weight.shape[0], x.shape[1], x.dtype, x.device):
-        return False
-    return all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, weight, other))
+        return None
+    shape = (x.shape[0], *weight.shape, x.dtype, x.device)
+    if not all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, weight, other)):
+        return None
+    if skinny_linear.pays(*shape):
+        return skinny_linear
+    return batch_linear if batch_linear.pays(*shape) else None
 
 
 def product(

@@ -1,0 +1,33 @@
+// Python's door to the products of a decode step: pointers and streams as integers (llama3/ops/batch_linear.py takes
+// them off the tensors). std::invalid_argument arrives as ValueError, std::runtime_error as RuntimeError.
+#include <pybind11/pybind11.h>
+
+#include "batch_linear/launch.h"
+
+namespace py = pybind11;
+using namespace batch_linear;
+
+namespace {
+
+void* pointer(uintptr_t address) {
+    return reinterpret_cast<void*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(batch_linear, module) {
+    module.doc() = "Matrix products for the tokens of a decode step; see llama3/ops/batch_linear.py";
+    module.attr("max_tokens") = kMaxTokens;
+    using namespace py::literals;
+    module.def(
+        "product",
+        [](uintptr_t x, uintptr_t weight, uintptr_t norm, uintptr_t residual, uintptr_t out, int num_tokens,
+           int num_rows, int size, float eps, int form, int splits, int trigger, int shared_bytes, bool overlap,
+           uintptr_t stream) {
+            launch({pointer(x), pointer(weight), pointer(norm), pointer(residual), pointer(out), num_tokens, num_rows,
+                    size, eps, static_cast<Form>(form)},
+                   {splits, trigger, shared_bytes}, overlap, static_cast<cudaStream_t>(pointer(stream)));
+        },
+        "x"_a, "weight"_a, "norm"_a, "residual"_a, "out"_a, "num_tokens"_a, "num_rows"_a, "size"_a, "eps"_a, "form"_a,
+        "splits"_a, "trigger"_a, "shared_bytes"_a, "overlap"_a, "stream"_a);
+}

@@ -1,0 +1,188 @@
+// y = x weight^T for the tokens of one decode step, up to 128, at the speed at which weights arrive from memory
+// (sm_90a, bf16).
+//
+// A cluster of `splits` blocks makes a tile of 128 weight rows for all tokens, each block over its part of the inner
+// dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for as much
+// weight as the ring holds before the previous kernel has ended, because weights are constants: with half of an SM's
+// shared memory each, this kernel's ring fills while the previous kernel's blocks still work. Two warpgroups multiply,
+// with weights as the tensor cores' rows and tokens as their columns, straight from shared memory. The norm's weight is
+// multiplied into x in place, one stage ahead of the tensor cores; its scale, one number a token, waits for the
+// epilogue (finish.cuh).
+//
+// weight [num_rows, size], x [num_tokens, size], out [num_tokens, num_rows] (see Params); all contiguous bf16. weight
+// and norm are read before the previous kernel has ended: they must have been written by an earlier one.
+#pragma once
+#include "batch_linear/finish.cuh"
+#include "batch_linear/wgmma.cuh"
+
+namespace batch_linear {
+
+// The thread that fills the ring. begin() asks for constants only.
+template <int kTokens>
+struct Producer {
+    static constexpr int kBytes = stage_bytes(kTokens);
+    const Params& p;
+    const Block& b;
+    const CUtensorMap *weight, *x;
+
+    __device__ __forceinline__ void copy_weight(int stage, int step) {
+        common::mbarrier_expect(b.full(stage), kBytes);
+        copy_box(b.base + stage * kBytes, weight, b.full(stage), (b.first_step + step) * kStageColumns,
+                 b.tile * kTileRows, kEvictFirst);
+    }
+    __device__ __forceinline__ void copy_x(int stage, int step) {
+        copy_box(b.base + stage * kBytes + kTileRows * kStageColumns * 2, x, b.full(stage),
+                 (b.first_step + step) * kStageColumns, 0, kEvictLast);
+    }
+    __device__ __forceinline__ void begin() {
+#pragma unroll 1
+        for (int step = 0; step < min(p.stages, b.steps); ++step) copy_weight(step, step);
+    }
+    // The next kernel's weights should be on their way when this one's have been asked for: not before, because they
+    // would only delay each other, and not after, because memory would rest.
+    __device__ __forceinline__ void run() {
+        const int ahead = min(p.stages, b.steps);
+        common::wait_for_previous_kernel();
+        if (b.steps - ahead <= p.trigger) common::allow_next_kernel();
+#pragma unroll 1
+        for (int step = 0; step < ahead; ++step) copy_x(step, step);
+        int stage = 0;
+        uint32_t phase = 0;
+#pragma unroll 1
+        for (int step = ahead; step < b.steps; ++step) {
+            common::mbarrier_wait(b.empty(stage), phase);
+            copy_weight(stage, step);
+            copy_x(stage, step);
+            if (b.steps - step - 1 == p.trigger) common::allow_next_kernel();
+            if (++stage == p.stages) stage = 0, phase ^= 1;
+        }
+    }
+};
+
+// Of x in one stage, what a thread multiplies by the norm's weight: 8 columns of every 32nd token.
+template <int kTokens>
+struct NormShare {
+    static constexpr int kRows = (kTokens + 31) / 32;
+    float squares[kRows] = {};
+
+    __device__ __forceinline__ void multiply(uint32_t x, uint4 norm, int thread) {
+        const int chunk = thread % 8, first = thread / 8;
+        const uint32_t place = x + first * 128 + (chunk ^ first % 8) * 16;
+        const uint32_t factors[4] = {norm.x, norm.y, norm.z, norm.w};
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            if ((i + 1) * 32 > kTokens && first + i * 32 >= kTokens) break;
+            uint32_t v[4];
+            load_shared(v, place + i * 32 * 128);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const float2 pair = common::Pack<__nv_bfloat16>::to_floats(v[k]);
+                squares[i] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, squares[i]));
+                v[k] = multiply_pairs(v[k], factors[k]);
+            }
+            store_shared(place + i * 32 * 128, v);
+        }
+    }
+
+    // Calls use(token, sum) in one thread a token.
+    template <typename Use>
+    __device__ __forceinline__ void sums(int thread, Use use) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            float sum = squares[i];
+#pragma unroll
+            for (int distance = 1; distance < 8; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+            const int token = thread / 8 + i * 32;
+            if (thread % 8 == 0 && token < kTokens) use(token, sum);
+        }
+    }
+};
+
+template <int kTokens, Form kForm>
+__device__ __forceinline__ void consume(const Params& p, const Block& b) {
+    constexpr bool kNorm = has_norm(kForm);
+    constexpr int kBytes = stage_bytes(kTokens);
+    const int thread = threadIdx.x, lane = thread % 32, group = thread / 128;
+    if constexpr (kNorm) {
+        const uint4* norm = static_cast<const uint4*>(p.norm) + b.first_step * kStageColumns / 8;
+#pragma unroll 1
+        for (int i = thread; i < b.steps * kStageColumns / 8; i += kConsumers)
+            b.at<uint4>(p.norm_offset)[i] = __ldg(norm + i);
+        common::named_sync(1, kConsumers);
+    }
+    common::wait_for_previous_kernel();
+    const uint4 residual = first_residual<kForm>(p, b);  // asked for before the product, used behind it
+
+    float d[kTokens / 2];
+    NormShare<kTokens> share;
+    int stage = 0, before = 0;
+    uint32_t phase = 0;
+#pragma unroll 1
+    for (int step = 0; step < b.steps; ++step) {
+        const uint32_t weight = b.base + stage * kBytes, x = weight + kTileRows * kStageColumns * 2;
+        common::mbarrier_wait(b.full(stage), phase);
+        if constexpr (kNorm) {  // while the tensor cores work on the stage before
+            share.multiply(x, b.at<uint4>(p.norm_offset)[step * kStageColumns / 8 + thread % 8], thread);
+            fence_async_proxy();
+            common::named_sync(1, kConsumers);
+        }
+        const uint64_t rows = operand(weight + group * (kTileRows / 2 * kStageColumns * 2)), columns = operand(x);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kStageColumns / 16; ++k)  // 32 bytes further along the rows
+            wgmma<kTokens>(d, rows + 2 * k, columns + 2 * k, step + k);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (step > 0 && lane == 0) common::mbarrier_arrive(b.empty(before));
+        before = stage;
+        if (++stage == p.stages) stage = 0, phase ^= 1;
+    }
+    wgmma_wait<0>();
+    finish<kTokens, kForm>(p, b, d, share, residual);
+}
+
+// Two blocks an SM: this kernel's and the next one's.
+template <int kTokens, Form kForm>
+__global__ void __launch_bounds__(kThreads, 2)
+    batch_linear_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant__ CUtensorMap x,
+                        const __grid_constant__ Params p) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ __align__(1024) uint8_t shared[];
+    const int thread = threadIdx.x, rank = p.splits > 1 ? cluster_rank() : 0;
+    const int first_step = p.steps * rank / p.splits, steps = p.steps * (rank + 1) / p.splits - first_step;
+    const Block b{shared, common::shared_address(shared), p.tail_offset, int(blockIdx.x) / p.splits, rank, first_step,
+                  steps};
+    Producer<kTokens> producer{p, b, &weight, &x};
+    if (thread >= kConsumers) {
+        const int lane = thread - kConsumers;  // initialising a barrier takes some fifty cycles: each lane does its own
+        if (lane < kMaxStages) {
+            common::mbarrier_init(b.full(lane), 1);
+            common::mbarrier_init(b.empty(lane), kConsumerWarps);
+        } else if (lane == kMaxStages) {
+            common::mbarrier_init(b.drained(), kConsumerWarps * p.splits);
+        } else if (lane == kMaxStages + 1) {
+            common::mbarrier_init(b.received(), 1);
+        }
+        common::fence_barrier_init();
+        __syncwarp();
+        if (lane == 0) {
+            producer.begin();
+            if (p.splits > 1) common::mbarrier_expect(b.received(), sent_bytes<kTokens, kForm>(p, b));
+        }
+        __syncwarp();
+    }
+    if (p.splits > 1) cluster_arrive();
+    __syncthreads();
+    if (thread < kConsumers) {
+        consume<kTokens, kForm>(p, b);
+    } else {
+        if (thread == kConsumers) producer.run();
+        __syncwarp();
+        if (p.splits > 1) cluster_wait();
+    }
+#else
+    __trap();  // the host launches this on compute capability 9.0 only
+#endif
+}
+
+}  // namespace batch_linear

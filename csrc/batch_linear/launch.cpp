@@ -1,0 +1,114 @@
+#include "batch_linear/launch.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "common/launch.h"
+#include "common/tensor_map.h"
+
+namespace batch_linear {
+
+template <Form kForm>
+const void* kernel_for(int tokens);
+
+namespace {
+
+void require(bool holds, const std::string& message) {
+    if (!holds) throw std::invalid_argument(message);
+}
+
+int divide_up(int a, int b) {
+    return (a + b - 1) / b;
+}
+
+void check(const Problem& q, const Plan& plan) {
+    require(q.num_tokens >= 1 && q.num_tokens <= kMaxTokens,
+            "num_tokens is " + std::to_string(q.num_tokens) + "; supported: 1 to " + std::to_string(kMaxTokens));
+    require(q.size >= kStageColumns && q.size % kStageColumns == 0,
+            "size is " + std::to_string(q.size) + "; expected a multiple of " + std::to_string(kStageColumns));
+    require(q.num_rows >= kUnitRows && q.num_rows % kUnitRows == 0,
+            "num_rows is " + std::to_string(q.num_rows) + "; expected a multiple of " + std::to_string(kUnitRows));
+    const int most = std::min(kMaxSplits, q.size / kStageColumns);
+    require(plan.splits >= 1 && plan.splits <= most,
+            "splits is " + std::to_string(plan.splits) + "; supported here: 1 to " + std::to_string(most));
+    require((q.form == Form::kLinearAdd) == (q.residual != nullptr) && has_norm(q.form) == (q.norm != nullptr),
+            "linear_add takes a residual, the other forms a norm");
+    const struct {
+        const char* name;
+        const void* pointer;
+    } operands[] = {{"x", q.x}, {"weight", q.weight}, {"out", q.out}, {"norm", q.norm}, {"residual", q.residual}};
+    for (const auto& operand : operands)
+        require(reinterpret_cast<uintptr_t>(operand.pointer) % 16 == 0,
+                std::string(operand.name) + " must be 16-byte aligned");
+}
+
+// A row-major bf16 matrix, copied in boxes of `box_rows` by 64 columns; zeros beyond its edges.
+CUtensorMap matrix_map(const void* matrix, int rows, int columns, int box_rows) {
+    const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {cuuint64_t(columns) * 2};
+    const cuuint32_t box[] = {kStageColumns, cuuint32_t(box_rows)}, steps[] = {1, 1};
+    CUtensorMap map;
+    common::check_map(common::encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(matrix),
+                                             sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+    return map;
+}
+
+const void* select_kernel(Form form, int tokens) {
+    switch (form) {
+        case Form::kNormLinear:
+            return kernel_for<Form::kNormLinear>(tokens);
+        case Form::kLinearAdd:
+            return kernel_for<Form::kLinearAdd>(tokens);
+        case Form::kNormSwiGlu:
+            return kernel_for<Form::kNormSwiGlu>(tokens);
+    }
+    throw std::invalid_argument("unknown form");
+}
+
+}  // namespace
+
+void launch(const Problem& q, const Plan& plan, bool overlap, cudaStream_t stream) {
+    check(q, plan);
+    const int tokens = padded_tokens(q.num_tokens);
+
+    Params p{};
+    p.norm = q.norm, p.residual = q.residual, p.out = q.out;
+    p.num_tokens = q.num_tokens, p.num_rows = q.num_rows, p.size = q.size, p.eps = q.eps;
+    p.splits = plan.splits, p.trigger = plan.trigger;
+    p.steps = q.size / kStageColumns;
+    const int block_steps = divide_up(p.steps, p.splits);
+    const int norm_bytes = has_norm(q.form) ? block_steps * kStageColumns * 2 : 0;
+    const int behind = norm_bytes + int(sizeof(Tail)), exchange = exchange_bytes(tokens, p.splits);
+    p.stages = std::min({kMaxStages, block_steps, (plan.shared_bytes - behind) / stage_bytes(tokens)});
+    p.norm_offset = std::max(p.stages * stage_bytes(tokens), divide_up(exchange, 128) * 128);
+    p.tail_offset = p.norm_offset + norm_bytes;
+    const int bytes = p.norm_offset + behind;
+    require(p.stages >= std::min(2, block_steps) && bytes <= plan.shared_bytes,
+            "a block needs " + std::to_string(std::max(bytes, 2 * stage_bytes(tokens) + behind)) +
+                " bytes of shared memory, and may have " + std::to_string(plan.shared_bytes));
+
+    const void* kernel = select_kernel(q.form, tokens);
+    common::allow_shared_memory(kernel, common::shared_memory_limit(), true);
+    CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, kTileRows);
+    CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens);
+
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = p.splits;
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(divide_up(q.num_rows, kTileRows) * p.splits);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    config.attrs = p.splits > 1 ? attributes : attributes + 1;
+    config.numAttrs = (p.splits > 1) + overlap;
+    void* arguments[] = {&weight, &x, &p};
+    CHECK_CUDA(cudaLaunchKernelExC(&config, kernel, arguments));
+}
+
+}  // namespace batch_linear

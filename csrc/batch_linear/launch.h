@@ -1,0 +1,28 @@
+// The host side of the products for one decode step's tokens. No torch, no allocation, no synchronisation.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "batch_linear/params.h"
+
+namespace batch_linear {
+
+struct Problem {
+    const void *x, *weight;       // [num_tokens, size], [num_rows, size]
+    const void *norm, *residual;  // or null
+    void* out;
+    int num_tokens, num_rows, size;
+    float eps;
+    Form form;
+};
+
+// splits: blocks of the cluster that makes a tile. trigger: stages left to ask for when the next kernel may start.
+// shared_bytes: the most that a block may use.
+struct Plan {
+    int splits, trigger, shared_bytes;
+};
+
+// Throws std::invalid_argument for what the kernel does not support (before any CUDA call), std::runtime_error if CUDA
+// fails. `overlap`: programmatic dependent launch.
+void launch(const Problem& problem, const Plan& plan, bool overlap, cudaStream_t stream);
+
+}  // namespace batch_linear

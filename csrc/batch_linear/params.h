@@ -1,0 +1,88 @@
+// What the host tells the kernel, and every constant that host and device must agree on.
+#pragma once
+#include <cstdint>
+
+namespace batch_linear {
+
+constexpr int kMaxTokens = 128;
+constexpr int kTileRows = 128;  // weight rows of a tile, 64 for each of two warpgroups
+constexpr int kUnitRows = 16;   // rows whose sums one warp holds
+constexpr int kUnits = kTileRows / kUnitRows;
+constexpr int kStageColumns = 64;  // 128 bytes, the swizzle's width
+constexpr int kMaxSplits = 8;      // blocks of a cluster, the portable limit
+constexpr int kMaxStages = 8;
+constexpr int kConsumerWarps = kUnits;
+constexpr int kConsumers = kConsumerWarps * 32;
+constexpr int kThreads = kConsumers + 32;  // and the warp that copies
+
+enum class Form : int { kNormLinear = 0, kLinearAdd = 1, kNormSwiGlu = 2 };
+
+constexpr bool has_norm(Form form) {
+    return form != Form::kLinearAdd;
+}
+
+// Rows of weight that make an output: SwiGLU's gates and ups alternate in groups of 8.
+constexpr int rows_per_output(Form form) {
+    return form == Form::kNormSwiGlu ? 2 : 1;
+}
+
+// Tokens that a kernel is compiled for; others run in the next larger one.
+constexpr int kTokenCounts[] = {8, 16, 32, 48, 64, 96, 128};
+
+constexpr int padded_tokens(int tokens) {
+    for (const int count : kTokenCounts)
+        if (tokens <= count) return count;
+    return 0;
+}
+
+// The units of a tile that block `rank` of a cluster finishes: from first_unit(rank) to first_unit(rank + 1).
+constexpr __host__ __device__ int first_unit(int rank, int splits) {
+    return kUnits * rank / splits;
+}
+constexpr __host__ __device__ int owner_of(int unit, int splits) {
+    return ((unit + 1) * splits - 1) / kUnits;
+}
+
+struct Params {
+    const void *norm, *residual;  // [size] or null, [num_tokens, num_rows] or null
+    void* out;                    // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]
+    int num_tokens, num_rows, size;
+    float eps;
+    int splits, stages, steps;     // steps: of kStageColumns, over all splits
+    int trigger;                   // the next kernel may start when this many stages are left to ask for
+    int norm_offset, tail_offset;  // in shared memory
+};
+
+// Shared memory of a block. At its start lies the ring of stages, weight before x. Once a cluster's rings are drained
+// they hold what its blocks send each other, one fragment of float4 a lane: [source][own unit][tokens / 8][32 lanes];
+// then the finished sums, [token][own rows], a row of fp32 padded by 16 bytes. Behind the ring: the norm's weights, and
+// at the very end what is at fixed distance from it.
+constexpr int stage_bytes(int tokens) {
+    return (kTileRows + tokens) * kStageColumns * 2;
+}
+
+constexpr __host__ __device__ int most_units(int splits) {
+    return (kUnits + splits - 1) / splits;
+}
+
+constexpr __host__ __device__ int received_bytes(int tokens, int splits) {
+    return splits == 1 ? 0 : splits * most_units(splits) * tokens * kUnitRows * 4;
+}
+
+constexpr __host__ __device__ int stride_sums(int splits) {  // in floats
+    return most_units(splits) * kUnitRows + 4;
+}
+
+constexpr __host__ __device__ int exchange_bytes(int tokens, int splits) {
+    return received_bytes(tokens, splits) + tokens * stride_sums(splits) * 4;
+}
+
+// Behind the norm's weights.
+struct Tail {
+    float squares[kMaxSplits][kMaxTokens];  // sums of squares of x over each block's columns
+    float scale[kMaxTokens];
+    uint64_t full[kMaxStages], empty[kMaxStages];
+    uint64_t drained, received;
+};
+
+}  // namespace batch_linear

@@ -1,0 +1,171 @@
+"""The seam's products for the tokens of a decode step as one kernel each (`csrc/batch_linear/`). Checks, allocation and
+launch.
+
+Every function raises UserError naming the tensor and the shape expected, and KernelBuildError if the kernels cannot be
+built. Tensors are contiguous bf16 on one CUDA device of compute capability 9.0.
+
+The kernels read weights and norms before the previous kernel has ended: an earlier one must have written them.
+"""
+
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from llama3.errors import UserError
+from llama3.ops.tensor_error import wrong_tensor
+
+TOKEN_COUNTS = (8, 16, 32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
+MIN_TOKENS, MAX_TOKENS = 1, TOKEN_COUNTS[-1]
+HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, and run in cuBLASLt
+TILE_ROWS, UNIT_ROWS = 128, 16
+STAGE_COLUMNS = 64
+MAX_SPLITS = 8
+NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU = range(3)  # the numbers of batch_linear::Form
+FORMS = {"norm_linear": NORM_LINEAR, "linear_add": LINEAR_ADD, "norm_swiglu": NORM_SWIGLU}
+
+# Two neighbours in the chain of kernels fit on a multiprocessor together, and where one is a linear_add, it fits only
+# once: a kernel's blocks should spread over all, and these start when multiprocessors are empty, behind attention.
+SHARED_BYTES = {NORM_LINEAR: 106 << 10, LINEAR_ADD: 119 << 10, NORM_SWIGLU: 106 << 10}
+TRIGGER = 4
+
+
+class Plan(NamedTuple):
+    """How a product runs: blocks of the cluster that makes 128 rows, among which the inner dimension is split; how many
+    stages are left to ask for when the next kernel may start; shared memory of a block (0: as usual)."""
+
+    splits: int
+    trigger: int = TRIGGER
+    shared_bytes: int = 0
+
+
+def norm_linear(
+    x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float, plan: Plan | None = None
+) -> torch.Tensor:
+    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. `plan`: None leaves the choice to choose_plan."""
+    return _product("norm_linear", x, weight, norm, None, eps, None, plan)
+
+
+def norm_swiglu(
+    x: torch.Tensor, norm: torch.Tensor, gate_up: torch.Tensor, eps: float, plan: Plan | None = None
+) -> torch.Tensor:
+    """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
+    return _product("norm_swiglu", x, gate_up, norm, None, eps, None, plan)
+
+
+def linear_add(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    plan: Plan | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """residual [T, N] + x [T, K] times weight [N, K] -> [T, N], in `out` if given, which may be the residual."""
+    return _product("linear_add", x, weight, None, residual, 0.0, out, plan)
+
+
+def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels can run a product of this shape here, and are faster than cuBLASLt (docs/cuda-ops.md)."""
+    suits = MIN_TOKENS <= num_tokens <= MAX_TOKENS and num_rows % UNIT_ROWS == 0 and size % STAGE_COLUMNS == 0
+    return suits and num_rows * size < HEAD_ELEMENTS and dtype == torch.bfloat16 and _is_hopper(device)
+
+
+@functools.cache
+def choose_plan(num_tokens: int, num_rows: int, size: int, num_sms: int) -> Plan:
+    """The split whose busiest multiprocessor has the fewest bytes to read, of weights, x, and other blocks' sums."""
+    tokens = padded(num_tokens)
+    tiles, steps = -(-num_rows // TILE_ROWS), size // STAGE_COLUMNS
+
+    def cost(splits: int) -> int:
+        rounds = -(-tiles * splits // num_sms)
+        read = -(-steps // splits) * (TILE_ROWS + tokens) * STAGE_COLUMNS * 2
+        return rounds * (read + (splits > 1) * sent_bytes(tokens, splits))
+
+    fitting = [s for s in range(1, min(MAX_SPLITS, steps) + 1) if fits(num_tokens, size, s)]
+    return Plan(min(fitting, key=cost))
+
+
+def padded(num_tokens: int) -> int:
+    """The token count of the kernel that runs `num_tokens`."""
+    return next(count for count in TOKEN_COUNTS if count >= num_tokens)
+
+
+def sent_bytes(tokens: int, splits: int) -> int:
+    """What the blocks of a cluster send the one that finishes most of their tile."""
+    return splits * -(-TILE_ROWS // UNIT_ROWS // splits) * UNIT_ROWS * tokens * 4
+
+
+def fits(num_tokens: int, size: int, splits: int) -> bool:
+    """Whether a block has room for the sums of its cluster, the finished ones, and the norm's weights beside them."""
+    tokens, units = padded(num_tokens), -(-TILE_ROWS // UNIT_ROWS // splits)
+    sums = tokens * (units * UNIT_ROWS + 4) * 4 + (splits > 1) * sent_bytes(tokens, splits)
+    return sums + -(-size // splits) * 2 + (6 << 10) <= min(SHARED_BYTES.values())
+
+
+@functools.cache
+def library() -> ModuleType:
+    """The compiled kernels, built on first use. Raises load_custom_kernels.KernelBuildError."""
+    import load_custom_kernels
+
+    return load_custom_kernels.load("batch_linear")
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _product(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor | None,
+    plan: Plan | None,
+) -> torch.Tensor:
+    form = FORMS[op]
+    if x.dim() != 2 or x.dtype != torch.bfloat16 or not x.is_contiguous():
+        raise wrong_tensor(op, "x", x, "contiguous torch.bfloat16 [T, K]")
+    num_tokens, size = x.shape
+    num_rows = weight.shape[0]
+    num_outputs = num_rows // 2 if form == NORM_SWIGLU else num_rows
+    if out is None:
+        out = x.new_empty(num_tokens, num_outputs)
+    expected = {"weight": (weight, (num_rows, size)), "norm": (norm, (size,))}
+    expected |= {"residual": (residual, (num_tokens, num_rows)), "out": (out, (num_tokens, num_outputs))}
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype != x.dtype or not tensor.is_contiguous():
+            raise wrong_tensor(op, name, tensor, f"contiguous {x.dtype} {list(shape)}")
+    for name, tensor in (("x", x), *((name, tensor) for name, (tensor, _) in expected.items())):
+        if tensor is not None and (not tensor.is_cuda or tensor.device != x.device):
+            raise UserError(f"{op}: {name} is on {tensor.device}; expected a CUDA device, the same for every tensor")
+    if plan is None:
+        plan = choose_plan(num_tokens, num_rows, size, _num_sms(x.device))
+    library().product(
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        norm=0 if norm is None else norm.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        out=out.data_ptr(),
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        size=size,
+        eps=eps,
+        form=form,
+        splits=plan.splits,
+        trigger=plan.trigger,
+        shared_bytes=plan.shared_bytes or SHARED_BYTES[form],
+        overlap=True,
+        stream=torch.cuda.current_stream(x.device).cuda_stream,
+    )
+    return out
