@@ -1,12 +1,17 @@
 // From the tensor cores' sums to the output: over the blocks of the cluster, then the form's epilogue. Every sum is
 // taken in a fixed order, so that a repeat is bitwise equal.
+//
+// A warp holds 16 rows of weight, a unit, for all tokens, in fragments of 16 rows by 8 tokens (wgmma.cuh): a lane has
+// rows r and r + 8 of tokens t and t + 1, r = lane / 4, t = 2 (lane % 4).
 #pragma once
 #include "batch_linear/cluster.cuh"
 #include "batch_linear/params.h"
 #include "common/async.cuh"
-#include "common/types.cuh"
+#include "common/mma.cuh"
 
 namespace batch_linear {
+
+using Pack = common::Pack<__nv_bfloat16>;
 
 // One block's view.
 struct Block {
@@ -26,124 +31,161 @@ struct Block {
     __device__ uint32_t received() const { return base + tail + uint32_t(offsetof(Tail, received)); }
 };
 
-__device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t address) {
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(address)
-                 : "memory");
-}
+// Where a block of the cluster receives, and which units it finishes.
+template <int kTokens>
+struct Receiver {
+    int first, units;  // its units
+    int before;        // steps that it takes before the stages that receive are read for the last time
+    int start, stages;
 
-__device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&v)[4]) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                 : "memory");
-}
-
-// Two bf16 products, each rounded once.
-__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-    const __nv_bfloat162 product =
-        __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
-    return *reinterpret_cast<const uint32_t*>(&product);
-}
-
-// 16 bytes of output: 8 neighbouring outputs of a token, numbered over the tokens of what a block finishes.
-template <Form kForm>
-struct Item {
-    static constexpr int kUnitChunks = kUnitRows / rows_per_output(kForm) / 8;
-    int token, chunk;
-    int64_t index;  // in out and residual, in elements; negative if there is no such item
-
-    __device__ Item(const Params& p, const Block& b, int number) {
-        const int first = first_unit(b.rank, p.splits), units = first_unit(b.rank + 1, p.splits) - first;
-        const int chunks = units * kUnitChunks;
-        token = number / chunks, chunk = number - token * chunks;
-        const int row = b.tile * kTileRows + first * kUnitRows + chunk * 8 * rows_per_output(kForm);
-        const int outputs = p.num_rows / rows_per_output(kForm);
-        const bool exists = token < p.num_tokens && row < p.num_rows;
-        index = exists ? int64_t(token) * outputs + row / rows_per_output(kForm) : -1;
+    __device__ Receiver(const Params& p, int rank) : stages(p.stages) {
+        first = first_unit(rank, p.splits);
+        units = first_unit(rank + 1, p.splits) - first;
+        const int steps = p.steps * (rank + 1) / p.splits - p.steps * rank / p.splits;
+        before = steps - stages;  // negative: the last stage is never filled
+        start = before < 0 ? stages - 1 : before % stages;
+    }
+    // The step after which peers may send.
+    __device__ int last_step(const Params& p) const { return before + receiving_stages(kTokens, p.splits, units) - 1; }
+    // The offset of one source's unit.
+    __device__ int place(int source, int unit) const {
+        constexpr int kPerStage = units_per_stage(kTokens);
+        const int index = source * units + unit;
+        int stage = start + index / kPerStage;
+        if (stage >= stages) stage -= stages;
+        return stage * stage_bytes(kTokens) + index % kPerStage * unit_bytes(kTokens);
     }
 };
 
-template <Form kForm>
-__device__ __forceinline__ uint4 load_residual(const Params& p, int64_t index) {
-    if (kForm != Form::kLinearAdd || index < 0) return {};
-    return *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.residual) + index);
-}
-
-template <Form kForm>
-__device__ __forceinline__ uint4 first_residual(const Params& p, const Block& b) {
-    return load_residual<kForm>(p, Item<kForm>(p, b, threadIdx.x).index);
+// Tells every block of the cluster that they may send to this one: a lane of each warp each.
+__device__ __forceinline__ void allow_sending(const Params& p, const Block& b, int lane) {
+    cluster_wait();  // the other blocks' barriers exist
+    if (lane < p.splits) arrive_remote(in_block(b.drained(), lane));
 }
 
 // Bytes that the blocks of the cluster, this one included, send to this one.
 template <int kTokens, Form kForm>
 __device__ __forceinline__ int sent_bytes(const Params& p, const Block& b) {
     const int units = first_unit(b.rank + 1, p.splits) - first_unit(b.rank, p.splits);
-    return p.splits * kTokens * (units * kUnitRows + has_norm(kForm)) * 4;
+    return p.splits * (units * unit_bytes(kTokens) + has_norm(kForm) * kTokens * 4);
 }
 
-// Four sums of a fragment, for rows r and r + 8 of a unit and tokens t and t + 1 (wgmma.cuh), to their places in
-// [token][own rows]; SwiGLU makes one output of both rows.
+// Where a lane's part of a fragment goes: two neighbouring outputs of token lane / 4, for linear_add and norm_linear
+// also those 8 rows on. SwiGLU makes one output of rows r and r + 8.
 template <Form kForm>
-__device__ __forceinline__ void place_sums(const Params& p, const Block& b, float4 v, float* sums, int unit, int token,
-                                           int row) {
-    const int stride = stride_sums(p.splits);
-    if constexpr (has_norm(kForm)) {
-        const float2 scale = *reinterpret_cast<const float2*>(&b.own().scale[token]);
-        v.x *= scale.x, v.y *= scale.y, v.z *= scale.x, v.w *= scale.y;
-    }
-    if constexpr (kForm == Form::kNormSwiGlu) {
-        float* place = sums + token * stride + unit * (kUnitRows / 2) + row;
-        place[0] = __fdividef(v.x, 1 + __expf(-v.x)) * v.z;
-        place[stride] = __fdividef(v.y, 1 + __expf(-v.y)) * v.w;
-    } else {
-        float* place = sums + token * stride + unit * kUnitRows + row;
-        place[0] = v.x, place[stride] = v.y;
-        place[8] = v.z, place[stride + 8] = v.w;
-    }
-}
+struct Target {
+    int64_t index;  // in out and residual, in elements; negative: nowhere
 
-// Every warp's fragments to the block that finishes its unit, and the tokens' squares to all.
-template <int kTokens, Form kForm, typename Share>
-__device__ __forceinline__ void exchange(const Params& p, const Block& b, const float (&d)[kTokens / 2], Share& share) {
+    __device__ Target(const Params& p, const Block& b, int unit, int pair, int lane) {
+        const int token = pair * 8 + lane / 4, row = b.tile * kTileRows + unit * kUnitRows;
+        const bool exists = token < p.num_tokens && row < p.num_rows;
+        const int64_t first = (int64_t(token) * p.num_rows + row) / rows_per_output(kForm);
+        index = exists ? first + lane % 4 * 2 : -1;
+    }
+    // The residual in the order of the fragment: (r, t), (r, t + 1), (r + 8, t), (r + 8, t + 1).
+    __device__ __forceinline__ uint2 load_residual(const Params& p) const {
+        if (kForm != Form::kLinearAdd || index < 0) return {};
+        const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(p.residual) + index);
+        return {from[0], from[4]};
+    }
+    __device__ __forceinline__ void write(const Params& p, const Block& b, float4 v, uint2 residual, int pair,
+                                          int lane) const {
+        auto* to = reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(p.out) + index);
+        if constexpr (has_norm(kForm)) {
+            const float2 scale = *reinterpret_cast<const float2*>(&b.own().scale[pair * 8 + lane % 4 * 2]);
+            v.x *= scale.x, v.y *= scale.y, v.z *= scale.x, v.w *= scale.y;
+        }
+        if constexpr (kForm == Form::kNormSwiGlu) {
+            const float x = __fdividef(v.x, 1 + __expf(-v.x)) * v.z, y = __fdividef(v.y, 1 + __expf(-v.y)) * v.w;
+            const uint32_t word = common::transpose_8x8(Pack::from_floats(x, y));
+            if (index >= 0) to[0] = word;
+        } else {
+            if constexpr (kForm == Form::kLinearAdd) {
+                const float2 low = Pack::to_floats(common::transpose_8x8(residual.x));
+                const float2 high = Pack::to_floats(common::transpose_8x8(residual.y));
+                v.x += low.x, v.y += low.y, v.z += high.x, v.w += high.y;
+            }
+            const uint32_t low = common::transpose_8x8(Pack::from_floats(v.x, v.y));
+            const uint32_t high = common::transpose_8x8(Pack::from_floats(v.z, v.w));
+            if (index >= 0) to[0] = low, to[4] = high;
+        }
+    }
+};
+
+// The warps of a block share the fragments that it finishes: warp w takes w, w + 8, ... of [own unit][tokens / 8].
+template <int kTokens, Form kForm>
+struct Finisher {
+    static constexpr int kPairs = kTokens / 8;
+    static constexpr int kAhead = kForm == Form::kLinearAdd ? 2 : 0;  // residuals asked for before the product
+    const Params& p;
+    const Block& b;
+    const Receiver<kTokens> own;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    cluster_wait();  // the other blocks' barriers exist
-    if (lane < p.splits) arrive_remote(in_block(b.drained(), lane));
-    const int owner = owner_of(warp, p.splits), first = first_unit(owner, p.splits);
-    const int units = first_unit(owner + 1, p.splits) - first;
-    const uint32_t to = in_block(b.base, owner), barrier = to + b.received() - b.base;
-    const uint32_t place = to + ((b.rank * units + warp - first) * (kTokens / 8) * 32 + lane) * 16;
-    wait_for_cluster(b.drained());
+    uint2 residuals[kAhead + 1];
+
+    __device__ Finisher(const Params& p, const Block& b) : p(p), b(b), own(p, b.rank) {}
+
+    __device__ __forceinline__ Target<kForm> target(int item) const {
+        return {p, b, own.first + item / kPairs, item % kPairs, lane};
+    }
+
+    __device__ __forceinline__ void begin() {
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j)
-        send(place + j * 512, barrier, d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
-    if constexpr (has_norm(kForm)) {
-        share.sums(thread, [&](int token, float sum) {
-            const uint32_t at = b.base + b.tail + uint32_t(offsetof(Tail, squares)) + (b.rank * kMaxTokens + token) * 4;
-            for (int rank = 0; rank < p.splits; ++rank) send(in_block(at, rank), in_block(b.received(), rank), sum);
-        });
+        for (int i = 0; i < kAhead; ++i) {
+            const int item = warp + i * kConsumerWarps;
+            residuals[i] = item < own.units * kPairs ? target(item).load_residual(p) : uint2{};
+        }
     }
-    wait_for_cluster(b.received());
-}
 
-template <int kTokens, Form kForm, typename Share>
-__device__ __forceinline__ void finish(const Params& p, const Block& b, const float (&d)[kTokens / 2], Share& share,
-                                       uint4 residual) {
-    constexpr int kPairs = kTokens / 8;
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const int units = first_unit(b.rank + 1, p.splits) - first_unit(b.rank, p.splits);
-    float* sums = b.at<float>(received_bytes(kTokens, p.splits));
-    auto scale_of = [&](float squares) { return rsqrtf(squares / p.size + p.eps); };
-    auto place = [&](float4 v, int unit, int j) {
-        place_sums<kForm>(p, b, v, sums, unit, 8 * j + 2 * (lane % 4), lane / 4);
-    };
-    if (p.splits == 1) {
-        if constexpr (has_norm(kForm))
+    __device__ __forceinline__ float scale_of(float squares) const { return rsqrtf(squares / p.size + p.eps); }
+
+    // All there is to sum is in this block.
+    template <typename Share>
+    __device__ __forceinline__ void finish_alone(const float (&d)[kTokens / 2], Share& share) {
+        if constexpr (has_norm(kForm)) {
             share.sums(thread, [&](int token, float sum) { b.own().scale[token] = scale_of(sum); });
-        common::named_sync(1, kConsumers);  // the scales are there, and the ring is no longer read
+            common::named_sync(1, kConsumers);
+        }
 #pragma unroll
-        for (int j = 0; j < kPairs; ++j) place({d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]}, warp, j);
-    } else {
-        exchange<kTokens, kForm>(p, b, d, share);
+        for (int j = 0; j < kPairs; ++j) {
+            const Target<kForm> to(p, b, warp, j, lane);
+            to.write(p, b, {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]}, to.load_residual(p), j, lane);
+        }
+    }
+
+    // Every warp's fragments to the block that finishes its unit, and the tokens' squares to all.
+    template <typename Share>
+    __device__ __forceinline__ void send_sums(const float (&d)[kTokens / 2], Share& share) {
+        const int owner = owner_of(warp, p.splits);
+        const Receiver<kTokens> receiver(p, owner);
+        const uint32_t to = in_block(b.base, owner), barrier = to + b.received() - b.base;
+        const uint32_t place = to + receiver.place(b.rank, warp - receiver.first) + lane * 16;
+        wait_for_cluster(b.drained());
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j)
+            send(place + j * 512, barrier, d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
+        if constexpr (has_norm(kForm)) {
+            share.sums(thread, [&](int token, float sum) {
+                const uint32_t offset = uint32_t(offsetof(Tail, squares)) + (b.rank * kMaxTokens + token) * 4;
+                for (int rank = 0; rank < p.splits; ++rank)
+                    send(in_block(b.base + b.tail + offset, rank), in_block(b.received(), rank), sum);
+            });
+        }
+    }
+
+    __device__ __forceinline__ float4 received_sum(int item) const {
+        const int unit = item / kPairs, offset = (item % kPairs * 32 + lane) * 16;
+        float4 v = *b.at<float4>(own.place(0, unit) + offset);
+#pragma unroll 4
+        for (int source = 1; source < p.splits; ++source) {
+            const float4 more = *b.at<float4>(own.place(source, unit) + offset);
+            v.x += more.x, v.y += more.y, v.z += more.z, v.w += more.w;
+        }
+        return v;
+    }
+
+    __device__ __forceinline__ void finish_received() {
+        wait_for_cluster(b.received());
         if constexpr (has_norm(kForm)) {
             if (thread < kTokens) {
                 float squares = 0;
@@ -152,40 +194,19 @@ __device__ __forceinline__ void finish(const Params& p, const Block& b, const fl
             }
             common::named_sync(1, kConsumers);
         }
-#pragma unroll 1
-        for (int item = warp; item < units * kPairs; item += kConsumerWarps) {
-            const float4* from = b.at<float4>(0) + item * 32 + lane;
-            float4 v = from[0];
-#pragma unroll 4
-            for (int rank = 1; rank < p.splits; ++rank) {
-                const float4 more = from[rank * units * kPairs * 32];
-                v.x += more.x, v.y += more.y, v.z += more.z, v.w += more.w;
-            }
-            place(v, item / kPairs, item % kPairs);
-        }
-    }
-    common::named_sync(1, kConsumers);
-
-    const int count = p.num_tokens * units * Item<kForm>::kUnitChunks;
-#pragma unroll 1
-    for (int number = thread; number < count; number += kConsumers) {
-        const Item<kForm> item(p, b, number);
-        if (item.index < 0) continue;
-        if (number != thread) residual = load_residual<kForm>(p, item.index);
-        const uint32_t added[4] = {residual.x, residual.y, residual.z, residual.w};
-        const float* from = sums + item.token * stride_sums(p.splits) + item.chunk * 8;
-        uint32_t y[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float2 pair = reinterpret_cast<const float2*>(from)[i];
-            if constexpr (kForm == Form::kLinearAdd) {
-                const float2 more = common::Pack<__nv_bfloat16>::to_floats(added[i]);
-                pair.x += more.x, pair.y += more.y;
-            }
-            y[i] = common::Pack<__nv_bfloat16>::from_floats(pair.x, pair.y);
+        for (int i = 0; i < kAhead; ++i) {
+            const int item = warp + i * kConsumerWarps;
+            if (item < own.units * kPairs)
+                target(item).write(p, b, received_sum(item), residuals[i], item % kPairs, lane);
         }
-        *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + item.index) = {y[0], y[1], y[2], y[3]};
+#pragma unroll 1
+        for (int item = warp + kAhead * kConsumerWarps; item < own.units * kPairs; item += kConsumerWarps) {
+            const Target<kForm> to = target(item);
+            const uint2 residual = to.load_residual(p);
+            to.write(p, b, received_sum(item), residual, item % kPairs, lane);
+        }
     }
-}
+};
 
 }  // namespace batch_linear

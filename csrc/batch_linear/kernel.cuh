@@ -59,6 +59,25 @@ struct Producer {
     }
 };
 
+__device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t address) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&v)[4]) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+}
+
+// Two bf16 products, each rounded once.
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+    const __nv_bfloat162 product =
+        __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
+    return *reinterpret_cast<const uint32_t*>(&product);
+}
+
 // Of x in one stage, what a thread multiplies by the norm's weight: 8 columns of every 32nd token.
 template <int kTokens>
 struct NormShare {
@@ -76,7 +95,7 @@ struct NormShare {
             load_shared(v, place + i * 32 * 128);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                const float2 pair = common::Pack<__nv_bfloat16>::to_floats(v[k]);
+                const float2 pair = Pack::to_floats(v[k]);
                 squares[i] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, squares[i]));
                 v[k] = multiply_pairs(v[k], factors[k]);
             }
@@ -111,7 +130,9 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
         common::named_sync(1, kConsumers);
     }
     common::wait_for_previous_kernel();
-    const uint4 residual = first_residual<kForm>(p, b);  // asked for before the product, used behind it
+    Finisher<kTokens, kForm> finisher(p, b);
+    finisher.begin();
+    const int last_step = p.splits > 1 ? finisher.own.last_step(p) : b.steps;  // before peers may send
 
     float d[kTokens / 2];
     NormShare<kTokens> share;
@@ -134,16 +155,23 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
         wgmma_commit();
         wgmma_wait<1>();
         if (step > 0 && lane == 0) common::mbarrier_arrive(b.empty(before));
+        if (step == last_step + 1) allow_sending(p, b, lane);
         before = stage;
         if (++stage == p.stages) stage = 0, phase ^= 1;
     }
     wgmma_wait<0>();
-    finish<kTokens, kForm>(p, b, d, share, residual);
+    if (p.splits == 1) {
+        finisher.finish_alone(d, share);
+        return;
+    }
+    if (last_step + 1 >= b.steps) allow_sending(p, b, lane);
+    finisher.send_sums(d, share);
+    finisher.finish_received();
 }
 
 // Two blocks an SM: this kernel's and the next one's.
 template <int kTokens, Form kForm>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kTokens <= 64 ? 2 : 1)
     batch_linear_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant__ CUtensorMap x,
                         const __grid_constant__ Params p) {
 #if __CUDA_ARCH_FEAT_SM90_ALL

@@ -80,14 +80,16 @@ void launch(const Problem& q, const Plan& plan, bool overlap, cudaStream_t strea
     p.steps = q.size / kStageColumns;
     const int block_steps = divide_up(p.steps, p.splits);
     const int norm_bytes = has_norm(q.form) ? block_steps * kStageColumns * 2 : 0;
-    const int behind = norm_bytes + int(sizeof(Tail)), exchange = exchange_bytes(tokens, p.splits);
+    const int behind = norm_bytes + int(sizeof(Tail));
     p.stages = std::min({kMaxStages, block_steps, (plan.shared_bytes - behind) / stage_bytes(tokens)});
-    p.norm_offset = std::max(p.stages * stage_bytes(tokens), divide_up(exchange, 128) * 128);
+    const int least = std::max(std::min(2, block_steps),
+                               p.splits == 1 ? 0 : receiving_stages(tokens, p.splits, most_units(p.splits)));
+    require(p.stages >= least, "a block needs " + std::to_string(least * stage_bytes(tokens) + behind) +
+                                   " bytes of shared memory in " + std::to_string(least) + " stages, and may have " +
+                                   std::to_string(plan.shared_bytes) + " and " + std::to_string(block_steps));
+    p.norm_offset = p.stages * stage_bytes(tokens);
     p.tail_offset = p.norm_offset + norm_bytes;
     const int bytes = p.norm_offset + behind;
-    require(p.stages >= std::min(2, block_steps) && bytes <= plan.shared_bytes,
-            "a block needs " + std::to_string(std::max(bytes, 2 * stage_bytes(tokens) + behind)) +
-                " bytes of shared memory, and may have " + std::to_string(plan.shared_bytes));
 
     const void* kernel = select_kernel(q.form, tokens);
     common::allow_shared_memory(kernel, common::shared_memory_limit(), true);

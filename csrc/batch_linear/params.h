@@ -53,31 +53,26 @@ struct Params {
     int norm_offset, tail_offset;  // in shared memory
 };
 
-// Shared memory of a block. At its start lies the ring of stages, weight before x. Once a cluster's rings are drained
-// they hold what its blocks send each other, one fragment of float4 a lane: [source][own unit][tokens / 8][32 lanes];
-// then the finished sums, [token][own rows], a row of fp32 padded by 16 bytes. Behind the ring: the norm's weights, and
-// at the very end what is at fixed distance from it.
-constexpr int stage_bytes(int tokens) {
+// Shared memory of a block. At its start lies the ring of stages, weight before x, then the norm's weights, then Tail.
+constexpr __host__ __device__ int stage_bytes(int tokens) {
     return (kTileRows + tokens) * kStageColumns * 2;
 }
 
-constexpr __host__ __device__ int most_units(int splits) {
+// What the blocks of a cluster send the one that finishes a unit of rows: fragments of float4 a lane, [source][own
+// unit][tokens / 8][32 lanes]. They go to the stages that the receiver has done with first, so many units to each.
+constexpr __host__ __device__ int unit_bytes(int tokens) {
+    return tokens * kUnitRows * 4;
+}
+constexpr __host__ __device__ int units_per_stage(int tokens) {
+    return stage_bytes(tokens) / unit_bytes(tokens);
+}
+constexpr __host__ __device__ int receiving_stages(int tokens, int splits, int own_units) {
+    return (splits * own_units + units_per_stage(tokens) - 1) / units_per_stage(tokens);
+}
+constexpr int most_units(int splits) {
     return (kUnits + splits - 1) / splits;
 }
 
-constexpr __host__ __device__ int received_bytes(int tokens, int splits) {
-    return splits == 1 ? 0 : splits * most_units(splits) * tokens * kUnitRows * 4;
-}
-
-constexpr __host__ __device__ int stride_sums(int splits) {  // in floats
-    return most_units(splits) * kUnitRows + 4;
-}
-
-constexpr __host__ __device__ int exchange_bytes(int tokens, int splits) {
-    return received_bytes(tokens, splits) + tokens * stride_sums(splits) * 4;
-}
-
-// Behind the norm's weights.
 struct Tail {
     float squares[kMaxSplits][kMaxTokens];  // sums of squares of x over each block's columns
     float scale[kMaxTokens];

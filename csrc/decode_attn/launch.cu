@@ -83,7 +83,7 @@ void launch(Params p, const Launch& how) {
     const int bytes = SharedLayout::of(how.head_dim, p.batch, p.stages).bytes;
     require(bytes <= limit, "batch " + std::to_string(p.batch) + " needs " + std::to_string(bytes) +
                                 " bytes of shared memory, this GPU has " + std::to_string(limit));
-    common::allow_shared_memory(kernel, limit);
+    common::allow_shared_memory(kernel, limit, true);
 
     TensorMaps maps{};
     if (loader == Loader::kTma) {

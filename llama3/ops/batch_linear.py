@@ -21,7 +21,8 @@ MIN_TOKENS, MAX_TOKENS = 1, TOKEN_COUNTS[-1]
 HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, and run in cuBLASLt
 TILE_ROWS, UNIT_ROWS = 128, 16
 STAGE_COLUMNS = 64
-MAX_SPLITS = 8
+MIN_STEPS = 4  # of a block: room for what the others send
+SPLITS = (1, 2, 4, 8)  # clusters of other sizes find fewer places
 NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU = range(3)  # the numbers of batch_linear::Form
 FORMS = {"norm_linear": NORM_LINEAR, "linear_add": LINEAR_ADD, "norm_swiglu": NORM_SWIGLU}
 
@@ -77,13 +78,12 @@ def choose_plan(num_tokens: int, num_rows: int, size: int, num_sms: int) -> Plan
     tokens = padded(num_tokens)
     tiles, steps = -(-num_rows // TILE_ROWS), size // STAGE_COLUMNS
 
-    def cost(splits: int) -> int:
-        rounds = -(-tiles * splits // num_sms)
+    def cost(splits: int) -> float:
+        blocks = max(1.0, tiles * splits / num_sms)  # two fit on a multiprocessor, so they need not come in rounds
         read = -(-steps // splits) * (TILE_ROWS + tokens) * STAGE_COLUMNS * 2
-        return rounds * (read + (splits > 1) * sent_bytes(tokens, splits))
+        return blocks * (read + (splits > 1) * sent_bytes(tokens, splits))
 
-    fitting = [s for s in range(1, min(MAX_SPLITS, steps) + 1) if fits(num_tokens, size, s)]
-    return Plan(min(fitting, key=cost))
+    return Plan(min((s for s in SPLITS if s == 1 or s * MIN_STEPS <= steps), key=cost))
 
 
 def padded(num_tokens: int) -> int:
@@ -94,13 +94,6 @@ def padded(num_tokens: int) -> int:
 def sent_bytes(tokens: int, splits: int) -> int:
     """What the blocks of a cluster send the one that finishes most of their tile."""
     return splits * -(-TILE_ROWS // UNIT_ROWS // splits) * UNIT_ROWS * tokens * 4
-
-
-def fits(num_tokens: int, size: int, splits: int) -> bool:
-    """Whether a block has room for the sums of its cluster, the finished ones, and the norm's weights beside them."""
-    tokens, units = padded(num_tokens), -(-TILE_ROWS // UNIT_ROWS // splits)
-    sums = tokens * (units * UNIT_ROWS + 4) * 4 + (splits > 1) * sent_bytes(tokens, splits)
-    return sums + -(-size // splits) * 2 + (6 << 10) <= min(SHARED_BYTES.values())
 
 
 @functools.cache

@@ -1,0 +1,96 @@
+"""What can be known of the products for a decode step without a GPU: what they refuse, and how they are cut."""
+
+import contextlib
+
+import pytest
+import torch
+
+from llama3.errors import UserError
+from llama3.ops import batch_linear
+from llama3.ops.batch_linear import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU, SHARED_BYTES, SPLITS, choose_plan
+from llama3.shapes import shape_config
+
+BF16 = torch.bfloat16
+GOOD = {"x": 4096, "weight": 4096, "norm": 4096, "residual": 0, "out": 4096, "num_tokens": 64, "num_rows": 64}
+GOOD |= {"size": 128, "eps": 1e-5, "form": NORM_LINEAR, "splits": 1, "trigger": 4, "shared_bytes": 106 << 10}
+GOOD |= {"overlap": False, "stream": 0}
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_tokens": 0}, "num_tokens is 0; supported: 1 to 128"),
+        ({"num_tokens": 129}, "num_tokens is 129"),
+        ({"size": 96}, "size is 96; expected a multiple of 64"),
+        ({"num_rows": 24, "form": NORM_SWIGLU}, "num_rows is 24; expected a multiple of 16"),
+        ({"splits": 0}, "splits is 0"),
+        ({"splits": 3}, "splits is 3; supported here: 1 to 2"),
+        ({"splits": 9, "size": 8192}, "splits is 9; supported here: 1 to 8"),
+        ({"residual": 4096}, "linear_add takes a residual, the other forms a norm"),
+        ({"form": LINEAR_ADD}, "linear_add takes a residual"),
+        ({"x": 4098}, "x must be 16-byte aligned"),
+        ({"out": 4098}, "out must be 16-byte aligned"),
+        (
+            {"shared_bytes": 40 << 10},
+            "a block needs [0-9]+ bytes .* in 2 stages, and may have 40960 and 2",
+        ),
+    ],
+)
+def test_the_kernel_refuses(wrong: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        batch_linear.library().product(**(GOOD | wrong))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((64,), (64,), (16, 64)), "x is .*expected .*T, K"),
+        (((40, 64), (64,), (32, 128)), r"weight is .*expected contiguous torch.bfloat16 \[32, 64\]"),
+        (((40, 64), (32,), (32, 64)), r"norm is .*expected contiguous torch.bfloat16 \[64\]"),
+        (((40, 64), (64,), (32, 64)), "x is on cpu; expected a CUDA device"),
+    ],
+)
+def test_tensors_are_named(shapes: tuple, message: str) -> None:
+    x, norm, weight = (torch.zeros(shape, dtype=BF16) for shape in shapes)
+    with pytest.raises(UserError, match=message):
+        batch_linear.norm_linear(x, norm, weight, 1e-5)
+
+
+def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_linear, "_is_hopper", lambda device: device.type == "cuda")
+    cuda = torch.device("cuda")
+    assert batch_linear.pays(64, 2048, 2048, BF16, cuda) and batch_linear.pays(33, 3072, 2048, BF16, cuda)
+    assert not batch_linear.pays(64, 2048, 2048, BF16, torch.device("cpu"))
+    assert not batch_linear.pays(64, 2048, 2048, torch.float16, cuda)
+    assert not batch_linear.pays(129, 4096, 4096, BF16, cuda)
+    assert not batch_linear.pays(64, 2048, 2040, BF16, cuda)
+    assert not batch_linear.pays(64, 128256, 2048, BF16, cuda)
+
+
+@pytest.mark.nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would launch with addresses that are not memory")
+@pytest.mark.parametrize("num_tokens", (8, 17, 33, 64, 96, 128))
+@pytest.mark.parametrize("shape", ("1b", "3b", "8b", "tiny"))
+def test_plans_are_what_the_kernel_takes(shape: str, num_tokens: int) -> None:
+    c = shape_config(shape)
+    products = [(NORM_LINEAR, c.qkv_size, c.hidden_size), (LINEAR_ADD, c.hidden_size, c.q_size)]
+    products += [
+        (NORM_SWIGLU, 2 * c.intermediate_size, c.hidden_size),
+        (LINEAR_ADD, c.hidden_size, c.intermediate_size),
+    ]
+    for form, num_rows, size in products:
+        plan = choose_plan(num_tokens, num_rows, size, num_sms=132)
+        assert plan.splits in SPLITS
+        operands = {"norm": 0, "residual": 4096} if form == LINEAR_ADD else {}
+        given = {"num_tokens": num_tokens, "num_rows": num_rows, "size": size, "form": form, "splits": plan.splits}
+        given["shared_bytes"] = plan.shared_bytes or SHARED_BYTES[form]
+        with contextlib.suppress(RuntimeError):  # the checks are passed, and there is no GPU
+            batch_linear.library().product(**(GOOD | operands | given))
+
+
+def test_llama_1b_fills_the_machine_once() -> None:
+    shapes = {"qkv": (3072, 2048), "o": (2048, 2048), "gate-up": (16384, 2048), "down": (2048, 8192)}
+    splits = {name: choose_plan(64, *shape, num_sms=132).splits for name, shape in shapes.items()}
+    for name, (num_rows, _) in shapes.items():
+        assert 96 <= num_rows // 128 * splits[name] <= 132
