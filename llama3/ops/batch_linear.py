@@ -21,6 +21,7 @@ MIN_TOKENS, MAX_TOKENS = 1, TOKEN_COUNTS[-1]
 HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, and run in cuBLASLt
 TILE_ROWS, UNIT_ROWS = 128, 16
 STAGE_COLUMNS = 64
+EXCHANGE_BYTES = 48 << 10  # that could be read in the time that a cluster takes to exchange its sums
 MIN_STEPS = 4  # of a block: room for what the others send
 SPLITS = (1, 2, 4, 8)  # clusters of other sizes find fewer places
 NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU = range(3)  # the numbers of batch_linear::Form
@@ -81,7 +82,7 @@ def choose_plan(num_tokens: int, num_rows: int, size: int, num_sms: int) -> Plan
     def cost(splits: int) -> float:
         blocks = max(1.0, tiles * splits / num_sms)  # two fit on a multiprocessor, so they need not come in rounds
         read = -(-steps // splits) * (TILE_ROWS + tokens) * STAGE_COLUMNS * 2
-        return blocks * (read + (splits > 1) * sent_bytes(tokens, splits))
+        return blocks * (read + (splits > 1) * (sent_bytes(tokens, splits) + EXCHANGE_BYTES))
 
     return Plan(min((s for s in SPLITS if s == 1 or s * MIN_STEPS <= steps), key=cost))
 
