@@ -17,29 +17,29 @@ from llama3.errors import UserError
 from llama3.ops.tensor_error import wrong_tensor
 
 TOKEN_COUNTS = (8, 16, 32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
-MIN_TOKENS, MAX_TOKENS = 1, TOKEN_COUNTS[-1]
+MIN_TOKENS, MAX_TOKENS = 17, TOKEN_COUNTS[-1]  # up to 16, csrc/skinny_linear/ is faster
 HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, and run in cuBLASLt
 TILE_ROWS, UNIT_ROWS = 128, 16
 STAGE_COLUMNS = 64
-EXCHANGE_BYTES = 48 << 10  # that could be read in the time that a cluster takes to exchange its sums
+EXCHANGE_BYTES = 100 << 10  # that could be read in the time that a cluster takes to exchange its sums
 MIN_STEPS = 4  # of a block: room for what the others send
 SPLITS = (1, 2, 4, 8)  # clusters of other sizes find fewer places
 NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU = range(3)  # the numbers of batch_linear::Form
 FORMS = {"norm_linear": NORM_LINEAR, "linear_add": LINEAR_ADD, "norm_swiglu": NORM_SWIGLU}
 
-# Two neighbours in the chain of kernels fit on a multiprocessor together, and where one is a linear_add, it fits only
-# once: a kernel's blocks should spread over all, and these start when multiprocessors are empty, behind attention.
-SHARED_BYTES = {NORM_LINEAR: 106 << 10, LINEAR_ADD: 119 << 10, NORM_SWIGLU: 106 << 10}
-TRIGGER = 4
+# Two neighbours in the chain of kernels fit on a multiprocessor together. SwiGLU's product is long enough to be better
+# off alone with a deeper ring, and with a still deeper one where every block has a multiprocessor of its own.
+SHARED_BYTES, SWIGLU_BYTES, SWIGLU_ALONE_BYTES = 106 << 10, 150 << 10, 200 << 10
+TRIGGER = 2
 
 
 class Plan(NamedTuple):
-    """How a product runs: blocks of the cluster that makes 128 rows, among which the inner dimension is split; how many
-    stages are left to ask for when the next kernel may start; shared memory of a block (0: as usual)."""
+    """How a product runs: blocks of the cluster that makes 128 rows, among which the inner dimension is split; shared
+    memory that a block may use; how many stages are left to ask for when the next kernel may start."""
 
     splits: int
+    shared_bytes: int = SHARED_BYTES
     trigger: int = TRIGGER
-    shared_bytes: int = 0
 
 
 def norm_linear(
@@ -74,7 +74,7 @@ def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: 
 
 
 @functools.cache
-def choose_plan(num_tokens: int, num_rows: int, size: int, num_sms: int) -> Plan:
+def choose_plan(form: int, num_tokens: int, num_rows: int, size: int, num_sms: int) -> Plan:
     """The split whose busiest multiprocessor has the fewest bytes to read, of weights, x, and other blocks' sums."""
     tokens = padded(num_tokens)
     tiles, steps = -(-num_rows // TILE_ROWS), size // STAGE_COLUMNS
@@ -84,7 +84,10 @@ def choose_plan(num_tokens: int, num_rows: int, size: int, num_sms: int) -> Plan
         read = -(-steps // splits) * (TILE_ROWS + tokens) * STAGE_COLUMNS * 2
         return blocks * (read + (splits > 1) * (sent_bytes(tokens, splits) + EXCHANGE_BYTES))
 
-    return Plan(min((s for s in SPLITS if s == 1 or s * MIN_STEPS <= steps), key=cost))
+    splits = min((s for s in SPLITS if s == 1 or s * MIN_STEPS <= steps), key=cost)
+    if form != NORM_SWIGLU:
+        return Plan(splits)
+    return Plan(splits, SWIGLU_ALONE_BYTES if tiles * splits <= num_sms else SWIGLU_BYTES)
 
 
 def padded(num_tokens: int) -> int:
@@ -144,7 +147,7 @@ def _product(
         if tensor is not None and (not tensor.is_cuda or tensor.device != x.device):
             raise UserError(f"{op}: {name} is on {tensor.device}; expected a CUDA device, the same for every tensor")
     if plan is None:
-        plan = choose_plan(num_tokens, num_rows, size, _num_sms(x.device))
+        plan = choose_plan(form, num_tokens, num_rows, size, _num_sms(x.device))
     library().product(
         x=x.data_ptr(),
         weight=weight.data_ptr(),
@@ -158,7 +161,7 @@ def _product(
         form=form,
         splits=plan.splits,
         trigger=plan.trigger,
-        shared_bytes=plan.shared_bytes or SHARED_BYTES[form],
+        shared_bytes=plan.shared_bytes,
         overlap=True,
         stream=torch.cuda.current_stream(x.device).cuda_stream,
     )
