@@ -4,9 +4,9 @@
 // A warp holds 16 rows of weight, a unit, for all tokens, in fragments of 16 rows by 8 tokens (wgmma.cuh): a lane has
 // rows r and r + 8 of tokens t and t + 1, r = lane / 4, t = 2 (lane % 4).
 #pragma once
-#include "batch_linear/cluster.cuh"
 #include "batch_linear/params.h"
 #include "common/async.cuh"
+#include "common/cluster.cuh"
 #include "common/mma.cuh"
 
 namespace batch_linear {
@@ -59,8 +59,8 @@ struct Receiver {
 
 // Tells every block of the cluster that they may send to this one: a lane of each warp each.
 __device__ __forceinline__ void allow_sending(const Params& p, const Block& b, int lane) {
-    cluster_wait();  // the other blocks' barriers exist
-    if (lane < p.splits) arrive_remote(in_block(b.drained(), lane));
+    common::cluster_wait();  // the other blocks' barriers exist
+    if (lane < p.splits) common::arrive_remote(common::in_block(b.drained(), lane));
 }
 
 // Bytes that the blocks of the cluster, this one included, send to this one.
@@ -158,17 +158,18 @@ struct Finisher {
     __device__ __forceinline__ void send_sums(const float (&d)[kTokens / 2], Share& share) {
         const int owner = owner_of(warp, p.splits);
         const Receiver<kTokens> receiver(p, owner);
-        const uint32_t to = in_block(b.base, owner), barrier = to + b.received() - b.base;
+        const uint32_t to = common::in_block(b.base, owner), barrier = to + b.received() - b.base;
         const uint32_t place = to + receiver.place(b.rank, warp - receiver.first) + lane * 16;
-        wait_for_cluster(b.drained());
+        common::wait_for_cluster(b.drained());
 #pragma unroll
         for (int j = 0; j < kPairs; ++j)
-            send(place + j * 512, barrier, d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
+            common::send(place + j * 512, barrier, d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
         if constexpr (has_norm(kForm)) {
             share.sums(thread, [&](int token, float sum) {
                 const uint32_t offset = uint32_t(offsetof(Tail, squares)) + (b.rank * kMaxTokens + token) * 4;
                 for (int rank = 0; rank < p.splits; ++rank)
-                    send(in_block(b.base + b.tail + offset, rank), in_block(b.received(), rank), sum);
+                    common::send(common::in_block(b.base + b.tail + offset, rank), common::in_block(b.received(), rank),
+                                 sum);
             });
         }
     }
@@ -185,7 +186,7 @@ struct Finisher {
     }
 
     __device__ __forceinline__ void finish_received() {
-        wait_for_cluster(b.received());
+        common::wait_for_cluster(b.received());
         if constexpr (has_norm(kForm)) {
             if (thread < kTokens) {
                 float squares = 0;

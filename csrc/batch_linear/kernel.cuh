@@ -12,10 +12,21 @@
 // weight [num_rows, size], x [num_tokens, size], out [num_tokens, num_rows] (see Params); all contiguous bf16. weight
 // and norm are read before the previous kernel has ended: they must have been written by an earlier one.
 #pragma once
+#include <cuda.h>
+
 #include "batch_linear/finish.cuh"
 #include "batch_linear/wgmma.cuh"
 
 namespace batch_linear {
+
+__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, uint32_t barrier, int column, int row,
+                                         uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(target),
+        "l"(map), "r"(barrier), "r"(column), "r"(row), "l"(policy)
+        : "memory");
+}
 
 // The thread that fills the ring. begin() asks for constants only.
 template <int kTokens>
@@ -28,11 +39,11 @@ struct Producer {
     __device__ __forceinline__ void copy_weight(int stage, int step) {
         common::mbarrier_expect(b.full(stage), kBytes);
         copy_box(b.base + stage * kBytes, weight, b.full(stage), (b.first_step + step) * kStageColumns,
-                 b.tile * kTileRows, kEvictFirst);
+                 b.tile * kTileRows, common::kEvictFirst);
     }
     __device__ __forceinline__ void copy_x(int stage, int step) {
         copy_box(b.base + stage * kBytes + kTileRows * kStageColumns * 2, x, b.full(stage),
-                 (b.first_step + step) * kStageColumns, 0, kEvictLast);
+                 (b.first_step + step) * kStageColumns, 0, common::kEvictLast);
     }
     __device__ __forceinline__ void begin() {
 #pragma unroll 1
@@ -59,25 +70,6 @@ struct Producer {
     }
 };
 
-__device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t address) {
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&v)[4]) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                 : "memory");
-}
-
-// Two bf16 products, each rounded once.
-__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-    const __nv_bfloat162 product =
-        __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
-    return *reinterpret_cast<const uint32_t*>(&product);
-}
-
 // Of x in one stage, what a thread multiplies by the norm's weight: 8 columns of every 32nd token.
 template <int kTokens>
 struct NormShare {
@@ -92,14 +84,14 @@ struct NormShare {
         for (int i = 0; i < kRows; ++i) {
             if ((i + 1) * 32 > kTokens && first + i * 32 >= kTokens) break;
             uint32_t v[4];
-            load_shared(v, place + i * 32 * 128);
+            common::load_shared(v, place + i * 32 * 128);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 const float2 pair = Pack::to_floats(v[k]);
                 squares[i] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, squares[i]));
-                v[k] = multiply_pairs(v[k], factors[k]);
+                v[k] = common::multiply_pairs(v[k], factors[k]);
             }
-            store_shared(place + i * 32 * 128, v);
+            common::store_shared(place + i * 32 * 128, v);
         }
     }
 
@@ -144,7 +136,7 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
         common::mbarrier_wait(b.full(stage), phase);
         if constexpr (kNorm) {  // while the tensor cores work on the stage before
             share.multiply(x, b.at<uint4>(p.norm_offset)[step * kStageColumns / 8 + thread % 8], thread);
-            fence_async_proxy();
+            common::fence_async_proxy();
             common::named_sync(1, kConsumers);
         }
         const uint64_t rows = operand(weight + group * (kTileRows / 2 * kStageColumns * 2)), columns = operand(x);
@@ -176,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 64 ? 2 : 1)
                         const __grid_constant__ Params p) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) uint8_t shared[];
-    const int thread = threadIdx.x, rank = p.splits > 1 ? cluster_rank() : 0;
+    const int thread = threadIdx.x, rank = p.splits > 1 ? common::cluster_rank() : 0;
     const int first_step = p.steps * rank / p.splits, steps = p.steps * (rank + 1) / p.splits - first_step;
     const Block b{shared, common::shared_address(shared), p.tail_offset, int(blockIdx.x) / p.splits, rank, first_step,
                   steps};
@@ -199,14 +191,14 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 64 ? 2 : 1)
         }
         __syncwarp();
     }
-    if (p.splits > 1) cluster_arrive();
+    if (p.splits > 1) common::cluster_arrive();
     __syncthreads();
     if (thread < kConsumers) {
         consume<kTokens, kForm>(p, b);
     } else {
         if (thread == kConsumers) producer.run();
         __syncwarp();
-        if (p.splits > 1) cluster_wait();
+        if (p.splits > 1) common::cluster_wait();
     }
 #else
     __trap();  // the host launches this on compute capability 9.0 only

@@ -11,6 +11,21 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // the encodings of createpolicy.fractional.L2
+constexpr uint64_t kEvictLast = 0x14F0000000000000;
+
+__device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t address) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&v)[4]) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+}
+
 // ---- mbarrier: a phase ends when `count` arrivals (and, with TMA, the announced bytes) are in; `parity` names the
 // phase.
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int count) {
@@ -95,7 +110,6 @@ __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes
 __device__ __forceinline__ void tma_load_5d(uint32_t target, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
                                             int c2, int c3, int c4) {
 #if __CUDA_ARCH__ >= 900
-    constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // the encoding of createpolicy.fractional.L2::evict_first
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(target),

@@ -1,6 +1,7 @@
 // From the warps' partial sums to the output: over the warps of the block, over the blocks of the cluster, then the
 // form's epilogue. Every sum is taken in a fixed order, so that a repeat is bitwise equal.
 #pragma once
+#include "common/cluster.cuh"
 #include "common/types.cuh"
 #include "skinny_linear/multiply.cuh"
 
@@ -84,7 +85,7 @@ __device__ __forceinline__ void send_sums(const Params& p, const Block& b) {
     using It = Item<kForm, kTokens>;
     const int count = It::count(p);
     for (int owner = 0; owner < p.splits; ++owner) {
-        const uint32_t to = in_block(b.base, owner), barrier = to + b.sent() - b.base;
+        const uint32_t to = common::in_block(b.base, owner), barrier = to + b.sent() - b.base;
 #pragma unroll 1
         for (int number = threadIdx.x; number < count; number += kConsumers) {
             const It item(p, number, owner);
@@ -93,11 +94,12 @@ __device__ __forceinline__ void send_sums(const Params& p, const Block& b) {
             sum_warps<kColumnWarps, kTokens>(b, item.token, item.unit, sum);
             const uint32_t at = to + b.layout.received + item.place(p, b.rank) * 4;
 #pragma unroll
-            for (int i = 0; i < It::kUnit; i += 4) send(at + i * 4, barrier, &sum[i]);
+            for (int i = 0; i < It::kUnit; i += 4)
+                common::send(at + i * 4, barrier, sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
         }
         if (has_norm(kForm) && threadIdx.x < p.num_tokens) {
             const float squares = sum_squares<kColumnWarps, kTokens>(b, threadIdx.x);
-            send(to + b.layout.received_squares + (b.rank * p.num_tokens + threadIdx.x) * 4, barrier, squares);
+            common::send(to + b.layout.received_squares + (b.rank * p.num_tokens + threadIdx.x) * 4, barrier, squares);
         }
     }
 }
@@ -146,7 +148,7 @@ __device__ __forceinline__ void finish_tile(const Params& p, const Block& b, int
     using It = Item<kForm, kTokens>;
     if (p.splits > 1) {
         send_sums<kForm, kColumnWarps, kTokens>(p, b);
-        wait_for_sent(b.sent());
+        common::wait_for_cluster(b.sent());
     }
     const int count = It::count(p);
 #pragma unroll 1

@@ -1,4 +1,4 @@
-// y = x weight^T for up to 32 tokens, at the speed at which weights arrive from memory (sm_90, bf16).
+// y = x weight^T for up to 16 tokens, at the speed at which weights arrive from memory (sm_90, bf16).
 //
 // A cluster of `splits` blocks makes tiles of `tile_rows` rows of weight, each block over its part of the inner
 // dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for as much
@@ -13,6 +13,16 @@
 #include "skinny_linear/finish.cuh"
 
 namespace skinny_linear {
+
+// A box of a matrix seen as (column in a panel of 64, row, panel).
+__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, uint32_t barrier, int row, int panel,
+                                         uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(target),
+        "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(panel), "l"(policy)
+        : "memory");
+}
 
 // A place in the ring, and the parity of its current round.
 struct Cursor {
@@ -40,11 +50,11 @@ struct Producer {
     __device__ __forceinline__ void copy_weight(int stage) {
         common::mbarrier_expect(b.full(stage), b.layout.stage);
         copy_box(b.base + stage * b.layout.stage, weight, b.full(stage), tile * p.tile_rows,
-                 (b.first_step + step) * Grid::kBoxes, kEvictFirst);
+                 (b.first_step + step) * Grid::kBoxes, common::kEvictFirst);
     }
     __device__ __forceinline__ void copy_x(int stage, int step) {
         copy_box(b.base + stage * b.layout.stage + b.layout.stage_weight, x, b.full(stage), 0,
-                 (b.first_step + step) * Grid::kBoxes, kEvictLast);
+                 (b.first_step + step) * Grid::kBoxes, common::kEvictLast);
     }
     __device__ __forceinline__ void advance() {
         --remaining;
@@ -80,11 +90,10 @@ struct Producer {
 // What a consumer thread works on.
 template <class Grid>
 struct WarpPlace {
-    int lane, row_warp, token_warp, column_warp;
+    int lane, row_warp, column_warp;
     static __device__ __forceinline__ WarpPlace of(int thread) {
         const int warp = thread / 32;
-        return {thread % 32, warp % Grid::kRowWarps, warp / Grid::kRowWarps % Grid::kTokenWarps,
-                warp / (Grid::kRowWarps * Grid::kTokenWarps)};
+        return {thread % 32, warp % Grid::kRowWarps, warp / Grid::kRowWarps};
     }
 };
 
@@ -98,10 +107,10 @@ __device__ __forceinline__ int thread_again() {
 template <class Grid, int kTokenTiles, Form kForm>
 __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     constexpr bool kNorm = has_norm(kForm);
-    constexpr int kTokens = kTokenTiles * 8, kWarpTokens = kTokens / Grid::kTokenWarps;
+    constexpr int kTokens = kTokenTiles * 8;
     const int thread = threadIdx.x;
-    const auto [lane, row_warp, token_warp, column_warp] = WarpPlace<Grid>::of(thread);
-    const int box = column_warp * Grid::kChunks / 2, half = column_warp * Grid::kChunks % 2;
+    const auto [lane, row_warp, column_warp] = WarpPlace<Grid>::of(thread);
+    const int box = column_warp / 2, half = column_warp % 2;
     if constexpr (kNorm) {
         const int first = b.first_step * Grid::kBoxes * kBox / 2, words = b.steps * Grid::kBoxes * kBox / 2;
 #pragma unroll 1
@@ -115,9 +124,8 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     // A tile of fewer rows than its warps take: they multiply what lies behind it, and store nothing of that.
     const uint32_t weight = b.base + (box * p.tile_rows + row_warp * Grid::kRowTiles * 16) * kRowBytes +
                             (weight_offset(lane) ^ (half * 64));
-    const uint32_t x = b.base + b.layout.stage_weight + (box * kTokens + token_warp * kWarpTokens) * kRowBytes +
-                       (token_offset(lane) ^ (half * 64));
-    const uint32_t norm = b.base + b.layout.norm + column_warp * Grid::kChunks * 64 + lane % 4 * 16;
+    const uint32_t x = b.base + b.layout.stage_weight + box * kTokens * kRowBytes + (token_offset(lane) ^ (half * 64));
+    const uint32_t norm = b.base + b.layout.norm + column_warp * 64 + lane % 4 * 16;
     common::wait_for_previous_kernel();
 
     Cursor cursor;
@@ -127,26 +135,21 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
         const uint4 residual =
             load_residual<kForm>(p, Item<kForm, kTokens>(p, threadIdx.x, b.rank)
                                         .index(p, tile));  // asked for before the product, used behind it
-        Accumulator<Grid, kWarpTokens / 8, kNorm> accumulator;
+        Accumulator<Grid, kTokenTiles, kNorm> accumulator;
         accumulator.clear();
         uint32_t factors = norm;
 #pragma unroll 1
         for (int left = b.steps; left > 0; --left, factors += Grid::kBoxes * kBox * 2) {
             common::mbarrier_wait(b.full(cursor.stage), cursor.phase);
             const uint32_t offset = cursor.stage * b.layout.stage;
-#pragma unroll
-            for (int chunk = 0; chunk < Grid::kChunks; ++chunk) {
-                const uint32_t other_half = chunk * 64;
-                accumulator.add((weight + offset) ^ other_half, (x + offset) ^ other_half, factors + chunk * 64,
-                                row_warp);
-            }
+            accumulator.add(weight + offset, x + offset, factors, row_warp);
             __syncwarp();
             if (lane == 0) common::mbarrier_arrive(b.empty(cursor.stage));
             cursor.advance(p.stages);
         }
         common::named_sync(1, kConsumers);  // the ring, or the previous tile's sums, are no longer read
         const WarpPlace<Grid> late = WarpPlace<Grid>::of(thread_again());
-        const int stripe = late.column_warp * kTokens + late.token_warp * kWarpTokens;
+        const int stripe = late.column_warp * kTokens;
         accumulator.store(b.at<float>(b.layout.partials) + stripe * b.layout.stride_partial, b.layout.stride_partial,
                           p.tile_rows, late.row_warp, late.lane);
         if constexpr (kNorm)
@@ -163,10 +166,14 @@ __global__ void __launch_bounds__(kThreads, 2)
                   const __grid_constant__ Params p) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(1024) uint8_t shared[];
-    const int thread = threadIdx.x, rank = p.splits > 1 ? cluster_rank() : 0;
+    const int thread = threadIdx.x, rank = p.splits > 1 ? common::cluster_rank() : 0;
     const int first_step = p.steps * rank / p.splits, steps = p.steps * (rank + 1) / p.splits - first_step;
     const Block b{shared, common::shared_address(shared), p.layout, rank, first_step, steps};
-    const auto sync = [&] { p.splits > 1 ? cluster_sync() : __syncthreads(); };  // before other blocks send
+    const auto sync = [&] {  // before other blocks send
+        if (p.splits == 1) return __syncthreads();
+        common::cluster_arrive();
+        common::cluster_wait();
+    };
     if (thread < kConsumers) {
         sync();
         consume<Grid, kTokenTiles, kForm>(p, b);

@@ -6,7 +6,6 @@
 #pragma once
 #include "common/async.cuh"
 #include "common/mma.cuh"
-#include "skinny_linear/cluster.cuh"
 #include "skinny_linear/params.h"
 
 namespace skinny_linear {
@@ -29,12 +28,6 @@ __device__ __forceinline__ uint32_t token_offset(int lane) {
 // columns of a token, words q, q + 4, q + 8, q + 12 of 16, is contiguous.
 __device__ __forceinline__ int norm_place(int word) {
     return word / 16 * 16 + word % 4 * 4 + word / 4 % 4;
-}
-
-__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-    const __nv_bfloat162 product =
-        __hmul2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
-    return *reinterpret_cast<const uint32_t*>(&product);
 }
 
 // A warp's accumulators over one tile, for kTokenTiles * 8 tokens.
@@ -63,8 +56,8 @@ struct Accumulator {
 #pragma unroll
             for (int step = 0; step < 2; ++step)
                 common::ldmatrix_x4(rows[i][step], (weight ^ (step * 32)) + i * 16 * kRowBytes);
-        uint4 factors{};
-        if (kNorm) factors = load_shared(norm);
+        uint32_t factors[4] = {};
+        if (kNorm) common::load_shared(factors, norm);
         if constexpr (kNorm) {  // of tokens as they are; warps without a tile of their own repeat another's
 #pragma unroll
             for (int j = 0; j < kOwnTiles; ++j) {
@@ -83,8 +76,10 @@ struct Accumulator {
             uint32_t tokens[4];
             common::ldmatrix_x4(tokens, x + j * 8 * kRowBytes);
             if constexpr (kNorm) {
-                tokens[0] = multiply_pairs(tokens[0], factors.x), tokens[1] = multiply_pairs(tokens[1], factors.y);
-                tokens[2] = multiply_pairs(tokens[2], factors.z), tokens[3] = multiply_pairs(tokens[3], factors.w);
+                tokens[0] = common::multiply_pairs(tokens[0], factors[0]),
+                tokens[1] = common::multiply_pairs(tokens[1], factors[1]);
+                tokens[2] = common::multiply_pairs(tokens[2], factors[2]),
+                tokens[3] = common::multiply_pairs(tokens[3], factors[3]);
             }
 #pragma unroll
             for (int step = 0; step < 2; ++step)

@@ -15,8 +15,9 @@ import torch
 from llama3.errors import UserError
 from llama3.ops.tensor_error import wrong_tensor
 
-MAX_TOKENS = 32  # beyond it cuBLASLt is faster
+MAX_TOKENS = 16  # beyond it csrc/batch_linear/ is faster
 MAX_TILE_ROWS = 128
+HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, and run in cuBLASLt
 NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU = range(3)  # the numbers of skinny_linear::Form
 
 
@@ -57,17 +58,8 @@ def linear_add(
 
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels can run a product of this shape here, and are faster than cuBLASLt (docs/cuda-ops.md)."""
-    if not 1 <= num_tokens <= MAX_TOKENS or num_rows % 16 or size % 64 or dtype != torch.bfloat16:
-        return False
-    elements = num_rows * size
-    is_head = elements >= 150 << 20
-    is_small = num_tokens > 16 and elements < 6 << 20
-    return not is_head and not is_small and _is_hopper(device)
-
-
-def min_tile_rows(num_tokens: int) -> int:
-    """The fewest rows of a tile for so many tokens; with fewer, x would outweigh the weights."""
-    return 16 if num_tokens <= 16 else 48
+    suits = 1 <= num_tokens <= MAX_TOKENS and num_rows % 16 == 0 and size % 64 == 0 and dtype == torch.bfloat16
+    return suits and num_rows * size < HEAD_ELEMENTS and _is_hopper(device)
 
 
 @functools.cache
@@ -75,24 +67,19 @@ def choose_tiling(num_tokens: int, num_rows: int, size: int, num_sms: int) -> Ti
     """The tiling whose busiest multiprocessor has the fewest bytes of weight and x to read, with what was measured.
 
     Clusters of four find fewer places than their blocks would alone. Two blocks of one kernel on a multiprocessor keep
-    more requests under way, which pays in long products and costs the next kernel its place in short ones. With more
-    than 16 tokens it is arithmetic that takes long: a tile costs what its warps could have multiplied, and the second
-    block pays sooner.
+    more requests under way, which pays in long products and costs the next kernel its place in short ones.
     """
-    few = num_tokens <= 16
-    padded = max(8, 1 << (num_tokens - 1).bit_length())
+    padded = 8 if num_tokens <= 8 else 16
 
     def cost(tiling: Tiling) -> tuple[float, float]:
         blocks = -(-num_rows // tiling.tile_rows) * tiling.splits
         rounds = -(-blocks // num_sms)
-        rows = tiling.tile_rows if few else 64 if tiling.tile_rows <= 64 else MAX_TILE_ROWS
-        block_bytes = (rows + padded) * size / tiling.splits * 2
-        is_long = block_bytes >= (400e3 if few or tiling.splits == 1 else 250e3)
-        deep = (0.8 if few else 0.7) if rounds == 2 and is_long else 1.0
-        crowded = (1.15 if few else 1.25) if tiling.splits == 4 else 1.0
-        return rounds * block_bytes * deep * crowded, rounds * (tiling.tile_rows + padded) * size / tiling.splits
+        block_bytes = (tiling.tile_rows + padded) * size / tiling.splits * 2
+        deep = 0.8 if rounds == 2 and block_bytes >= 400e3 else 1.0
+        crowded = 1.15 if tiling.splits == 4 else 1.0
+        return rounds * block_bytes * deep * crowded, rounds * block_bytes
 
-    rows = range(MAX_TILE_ROWS, min_tile_rows(num_tokens) - 1, -16)
+    rows = range(MAX_TILE_ROWS, 15, -16)
     fills_alone = num_rows >= 0.9 * num_sms * MAX_TILE_ROWS
     splits = [s for s in (1, 2, 4) if s == 1 or (s * 256 <= size and not fills_alone)]
     tilings = (Tiling(r, s) for s in splits for r in rows if r >= 16 * s)

@@ -1,22 +1,8 @@
-// Bulk tensor copies, and what the blocks of a cluster send each other (sm_90).
+// What the blocks of a cluster send each other, through shared memory (sm_90).
 #pragma once
-#include <cuda.h>
-
 #include <cstdint>
 
-namespace batch_linear {
-
-constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // the encodings of createpolicy.fractional.L2
-constexpr uint64_t kEvictLast = 0x14F0000000000000;
-
-__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, uint32_t barrier, int column, int row,
-                                         uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(target),
-        "l"(map), "r"(barrier), "r"(column), "r"(row), "l"(policy)
-        : "memory");
-}
+namespace common {
 
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;
@@ -77,4 +63,4 @@ __device__ __forceinline__ void wait_for_cluster(uint32_t barrier) {
     }
 }
 
-}  // namespace batch_linear
+}  // namespace common
