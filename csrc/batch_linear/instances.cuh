@@ -11,10 +11,6 @@ const void* kernel_for(int tokens);
 template <Form kForm>
 const void* instantiate(int tokens) {
     switch (tokens) {
-        case 8:
-            return reinterpret_cast<const void*>(batch_linear_kernel<8, kForm>);
-        case 16:
-            return reinterpret_cast<const void*>(batch_linear_kernel<16, kForm>);
         case 32:
             return reinterpret_cast<const void*>(batch_linear_kernel<32, kForm>);
         case 48:

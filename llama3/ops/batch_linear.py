@@ -16,7 +16,7 @@ import torch
 from llama3.errors import UserError
 from llama3.ops.tensor_error import wrong_tensor
 
-TOKEN_COUNTS = (8, 16, 32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
+TOKEN_COUNTS = (32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
 MIN_TOKENS, MAX_TOKENS = 17, TOKEN_COUNTS[-1]  # up to 16, csrc/skinny_linear/ is faster
 HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, and run in cuBLASLt
 TILE_ROWS, UNIT_ROWS = 128, 16

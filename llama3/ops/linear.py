@@ -1,7 +1,7 @@
 """The matrix products of the CUDA ops (docs/cuda-ops.md has the measurements).
 
-For few tokens one kernel an op, for many on Hopper a kernel with SwiGLU fused, each where it is faster; else cuBLASLt
-between elementwise kernels.
+For the tokens of a decode step one kernel an op, for many on Hopper a kernel with SwiGLU fused, each where it is
+faster; else cuBLASLt between elementwise kernels.
 """
 
 from types import ModuleType
@@ -14,6 +14,8 @@ from llama3.ops.cublaslt import ALIGNMENT, Product
 
 # From here on products alone are as fast in csrc/gemm/ as in cuBLASLt, or faster; SwiGLU, which saves a pass, sooner.
 LARGE_MIN_TOKENS = 4096
+
+ONE_KERNEL: tuple[ModuleType, ...] = (skinny_linear, batch_linear)  # families that run a whole op, few tokens first
 
 _products: dict[Product, Product] = {}
 
@@ -49,9 +51,7 @@ def _one_kernel(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> M
     shape = (x.shape[0], *weight.shape, x.dtype, x.device)
     if not all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, weight, other)):
         return None
-    if skinny_linear.pays(*shape):
-        return skinny_linear
-    return batch_linear if batch_linear.pays(*shape) else None
+    return next((family for family in ONE_KERNEL if family.pays(*shape)), None)
 
 
 def product(

@@ -4,7 +4,17 @@ For a new set, write a module beside these and add a line to PROVIDERS; then a d
 """
 
 from benchmarks.record import Record
-from tools.figures import decode_attn, decode_step, demo_model, gpu_checks, model, ops, performance, sampling
+from tools.figures import (
+    decode_attn,
+    decode_step,
+    demo_model,
+    experiments,
+    gpu_checks,
+    model,
+    ops,
+    performance,
+    sampling,
+)
 from tools.figures.provider import Provider
 
 PROVIDERS = (
@@ -12,9 +22,10 @@ PROVIDERS = (
     Provider("results/decode_attn/*.json", decode_attn.sections, decode_attn.plots),
     Provider("results/decode_step/*.json", decode_step.sections),
     Provider("results/ops/*.json", ops.sections),
-    Provider("results/skinny_linear/*.json", ops.few_tokens),
+    Provider("results/decode_products/*.json", ops.few_tokens),
     Provider("results/gemm/*.json", ops.many_tokens),
     Provider("results/sampling/*.json", sampling.sections),
+    Provider("results/experiments/*.json", experiments.sections),
     Provider("results/performance/*.json", performance.sections),
     Provider("results/gpu_checks.json", gpu_checks.sections),
     Provider("models/demo/training.json", demo_model.sections),

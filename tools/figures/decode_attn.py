@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.text_table import markdown_table
 from tools import plot_bandwidth
+from tools.figures import experiments
 from tools.figures.provider import Plot, Results
 
 PEERS = {"fa2": "FA2", "fa3": "FA3", "flashinfer": "FlashInfer"}
@@ -24,7 +25,7 @@ def sections(results: Results) -> dict[str, str]:
         "decode-attention-summary": summary(results["suite"]),
         "decode-attention-suite": suite(results["suite"]),
         "decode-attention-ladder": ladder(results["ladder"]),
-        "decode-attention-experiments": experiments(results["experiments"]),
+        "decode-attention-experiments": experiments.table(results["experiments"]),
         "decode-attention-ncu": ncu(results["ncu"], results["suite"]),
     }
 
@@ -70,14 +71,6 @@ def ladder(measured: dict[str, Any]) -> str:
         [f"`{version}`", step, *[f"{row['us'][version]:.1f}" for row in rows]] for version, step in LADDER_STEPS.items()
     ]
     return markdown_table(["version", "what changed", *[f"{row['label']} (µs)" for row in rows]], lines)
-
-
-def experiments(recorded: dict[str, Any]) -> str:
-    lines = [
-        [r["change"], r["shape"], f"{r['before_us']:.2f}", f"{r['after_us']:.2f}", "yes" if r["kept"] else "no"]
-        for r in recorded["rows"]
-    ]
-    return markdown_table(["change", "shape", "before (µs)", "after (µs)", "kept"], lines)
 
 
 def ncu(counted: dict[str, Any], measured: dict[str, Any]) -> str:

@@ -28,19 +28,26 @@ def many_tokens(results: Results) -> dict[str, str]:
 
 
 def few_tokens(results: Results) -> dict[str, str]:
-    """A line a context and number of tokens, a column a model: our kernels, cuBLASLt at its better run, the floor."""
+    """A table a GPU, a line a context and number of tokens, a column a model: our kernels, cuBLASLt at its better run,
+    the floor."""
+    return {"ops-few-tokens": "\n\n".join(_steps(record) for record in results.values()) or NOTHING}
+
+
+def _steps(record: dict[str, Any]) -> str:
     cells = {
         (row["context_len"], row["tokens"], row["shape"]): (
-            f"{row['skinny_us']:.0f}, {min(row['cublaslt_us'], row['cublaslt_again_us']):.0f}, {row['floor_us']:.0f}"
+            f"{row['ours_us']:.0f}, {min(row['cublaslt_us'], row['cublaslt_again_us']):.0f}, {row['floor_us']:.0f}"
         )
-        for row in results["h200"]["rows"]
+        for row in record["rows"]
     }
     shapes = list(dict.fromkeys(shape for _, _, shape in cells))
     lines = [
         [str(context), str(tokens), *(cells.get((context, tokens, shape), "–") for shape in shapes)]
         for context, tokens in sorted({key[:2] for key in cells})
     ]
-    return {"ops-few-tokens": markdown_table(["context", "tokens", *(shape.upper() for shape in shapes)], lines)}
+    header = ["context", "tokens", *(shape.upper() for shape in shapes)]
+    read = f"{record['device']}, {record['read_bandwidth'] / 1e12:.2f} TB/s read"
+    return f"{read}:\n\n{markdown_table(header, lines)}"
 
 
 def products(record: dict[str, Any]) -> str:

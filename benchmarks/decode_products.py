@@ -1,10 +1,10 @@
-"""A whole decode step with the kernels for few tokens and without them.
+"""A whole decode step with one kernel a product and without.
 
-    python -m benchmarks.skinny_linear --shape 1b,3b,8b --json results/skinny_linear/h200.json
+    python -m benchmarks.decode_products --shape 1b,3b,8b --json results/decode_products/h100.json
 
 One CUDA graph of a step without sampling, over random weights in the real shapes, so that every weight comes from
 memory. Products timed by themselves mislead: what counts is how they follow one another. The floor is the bytes of
-weights and cache over the memory's measured read rate.
+weights and cache over the memory's read rate, measured in the same run.
 """
 
 import argparse
@@ -17,17 +17,18 @@ import torch
 
 from benchmarks.environment import describe
 from benchmarks.graph_timing import microseconds
-from benchmarks.peaks import H200_READ_BANDWIDTH
+from benchmarks.peaks import measure_read
 from llama3.forward_batch import DecodeBatch
 from llama3.kv_cache import KVCache
 from llama3.model import Transformer
-from llama3.ops import gemm_search, skinny_linear
+from llama3.ops import gemm_search, linear
 from llama3.ops.cuda import CudaOps
 from llama3.rope import RopeTable
 from llama3.shapes import shape_config
 from llama3.weights import random_weights
 
 REPEATS = 9
+READ_BYTES = 8 << 30
 
 
 class Step:
@@ -42,7 +43,7 @@ class Step:
         self.ops = CudaOps(self.config, device)
 
     def time(self, num_tokens: int, context: int) -> dict[str, float]:
-        """Medians in microseconds: with the kernels for few tokens, and with cuBLASLt before and after that."""
+        """Medians in microseconds: with one kernel a product, and with cuBLASLt before and after that."""
         config = self.config
         model = Transformer(config, self.weights, self.ops, RopeTable.build(config, context + 1, "cuda"))
         cache = KVCache(config, num_tokens, context + 1, torch.bfloat16, "cuda")
@@ -53,14 +54,14 @@ class Step:
         ids = torch.arange(num_tokens, device="cuda")
         gemm_search.expect_decode(num_tokens)
 
-        def measure(skinny: bool) -> float:
-            with mock.patch.object(skinny_linear, "MAX_TOKENS", skinny_linear.MAX_TOKENS if skinny else 0):
+        def measure(one_kernel: bool) -> float:
+            families = linear.ONE_KERNEL if one_kernel else ()
+            with mock.patch.object(linear, "ONE_KERNEL", families):
                 return statistics.median(microseconds([lambda: model.decode_step(ids, batch, cache)], REPEATS))
 
         before, ours, after = measure(False), measure(True), measure(False)
         moved = config.decode_weight_bytes() + num_tokens * context * config.kv_bytes_per_token()
-        floor = moved / H200_READ_BANDWIDTH * 1e6
-        return {"skinny_us": ours, "cublaslt_us": before, "cublaslt_again_us": after, "floor_us": floor}
+        return {"ours_us": ours, "cublaslt_us": before, "cublaslt_again_us": after, "moved_bytes": moved}
 
 
 def numbers(text: str) -> list[int]:
@@ -70,16 +71,18 @@ def numbers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="1b")
-    parser.add_argument("--tokens", type=numbers, default=[2, 4, 8, 16, 32])
+    parser.add_argument("--tokens", type=numbers, default=[2, 4, 8, 16, 24, 32, 48, 64, 96, 128])
     parser.add_argument("--contexts", type=numbers, default=[128, 2048])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    bandwidth = measure_read(torch.device("cuda", torch.cuda.current_device()), READ_BYTES)
     rows = []
     for shape in args.shape.split(","):
         step = Step(shape)
         for context in args.contexts:
             for num_tokens in args.tokens:
                 times = step.time(num_tokens, context)
+                times["floor_us"] = times.pop("moved_bytes") / bandwidth * 1e6
                 rows.append({"shape": shape, "tokens": num_tokens, "context_len": context, **times})
                 figures = ", ".join(f"{name} {value:.0f}" for name, value in times.items())
                 print(f"{shape} {num_tokens:3} tokens, context {context}: {figures}", flush=True)
@@ -87,7 +90,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(describe() | {"rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps(describe() | {"read_bandwidth": bandwidth, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
