@@ -141,8 +141,8 @@ def test_finishing_and_aborting_free_the_rows(model: Transformer) -> None:
     """What is stopped from outside leaves no trace in the sequences that take its rows over."""
     prompts = prompts_of((30, 31, 32))
     expected = run(model, [make_sequence(2, prompts[2])], 1)
-    engine = Engine(model, torch.device("cpu"), torch.float32, 2048)
-    engine.prepare(1, 128, 4)
+    engine = Engine(model, torch.device("cpu"), torch.float32)
+    engine.prepare(1, 128, 4, 2048)
     first, second, third = (make_sequence(i, p) for i, p in enumerate(prompts))
     engine.add([first, second, third])
     for _ in range(5):
@@ -155,7 +155,7 @@ def test_finishing_and_aborting_free_the_rows(model: Transformer) -> None:
     assert (second.finish_reason, second.output_ids) == ("abort", [])
     assert [third.output_ids] == expected
 
-    engine.prepare(1, 128, 4)
+    engine.prepare(1, 128, 4, 2048)
     engine.add([make_sequence(0, prompts[0])])
     engine.step()
     engine.abort_all()
