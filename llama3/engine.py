@@ -171,12 +171,7 @@ class Engine:
     def _collect(self, pending: PendingTokens) -> list[Progress]:
         progress = []
         for sequence, tokens, logprobs in pending.wait():
-            taken = []
-            for token in tokens:
-                if sequence.finished:  # what was drawn after the end, before the host knew of it
-                    break
-                sequence.append(token)
-                taken.append(token)
+            taken = sequence.extend(tokens)  # what was drawn after the end, before the host knew of it, is dropped
             if taken:
                 sequence.logprobs.extend(logprobs)
                 progress.append(Progress(sequence, taken))

@@ -70,12 +70,11 @@ class PendingTokens:
         """Block until the copy is done: each sequence's tokens in order, with log-probabilities where asked for."""
         if self._copied is not None:
             self._copied.synchronize()
-        steps: list[list[int]] = self._tensors[0].tolist()
-        results = []
-        for sequence, column in zip(self.sequences, self.columns, strict=True):
-            tokens = [step[column] for step in steps]
-            results.append((sequence, tokens, self._logprobs(sequence, column)))
-        return results
+        tokens: list[list[int]] = self._tensors[0].t().tolist()
+        return [
+            (sequence, tokens[column], self._logprobs(sequence, column))
+            for sequence, column in zip(self.sequences, self.columns, strict=True)
+        ]
 
     def _logprobs(self, sequence: Sequence, column: int) -> list[TokenLogprobs]:
         if sequence.params.logprobs is None:
