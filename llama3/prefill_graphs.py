@@ -19,10 +19,9 @@ from llama3.model import Transformer
 
 TOKEN_SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
 SEQUENCE_SIZES = (1, 8)
-# What the host takes to launch a layer op by op, and what a GPU computes in a second: from them the size at which the
-# GPU takes longer than the host, and padding costs more than launches do.
-LAUNCH_SECONDS = 0.37e-3
-GPU_FLOPS = 4.5e14
+# Products of a layer up to which a capture pays although calls are padded: beyond it the GPU takes longer than the host
+# takes to launch op by op. These are 2048 tokens of the 1B shape, 1024 of 3B and 512 of 8B.
+MAX_LAYER_FLOPS = 2.5e11
 
 
 @dataclass
@@ -82,8 +81,8 @@ class PrefillGraphs:
 
 def largest_size(config: ModelConfig) -> int:
     """The largest of TOKEN_SIZES that pays for a model."""
-    layer_flops = 2 * config.hidden_size * (config.qkv_size + config.q_size + 3 * config.intermediate_size)
-    return max(s for s in TOKEN_SIZES if s * layer_flops / GPU_FLOPS <= LAUNCH_SECONDS or s == TOKEN_SIZES[0])
+    token_flops = 2 * config.hidden_size * (config.qkv_size + config.q_size + 3 * config.intermediate_size)
+    return max(s for s in TOKEN_SIZES if s * token_flops <= MAX_LAYER_FLOPS or s == TOKEN_SIZES[0])
 
 
 def _pack(
