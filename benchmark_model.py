@@ -12,17 +12,26 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.cases import SAMPLING_CHOICES, SUITES, Case, parse_cases, samplings
-from benchmarks.engines import DEFAULT_MODES, select_modes
+from benchmarks.cases import SAMPLING_CHOICES, SUITES, Case, Sampling, parse_cases, samplings
+from benchmarks.engines import DEFAULT_MODES, MODES, select_modes
 from benchmarks.run import execute
 from llama3.cli import DEMO_MODEL, dashed_aliases, run_main
 from llama3.errors import RequestError
 from llama3.shapes import SHAPES
 
-# How tokens are drawn where --sampling does not say; None is a single case.
-DEFAULT_SAMPLING = {"seed": "both", "profile": "greedy", None: "mission"}
+_SUITE_NAMES = ", ".join(SUITES)
+# How tokens are drawn where --sampling does not say.
+DEFAULT_SAMPLING = {"seed": "both", "profile": "greedy", "scenarios": "mission", "single": "mission"}
+
+
+class ChosenSuite(NamedTuple):
+    """What one file of results is to hold. name: of SUITES, or "scenarios" or "single"."""
+
+    name: str
+    cases: tuple[Case, ...]
+    samplings: tuple[Sampling, ...]
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -40,11 +49,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     cases.add_argument("--max_gen_len", type=int, default=128, help="tokens to generate (default: %(default)s)")
     cases.add_argument("--input_len", type=int, default=128, help="tokens of each prompt (default: %(default)s)")
     cases.add_argument("--random_seed", type=int, default=0, help="of weights and prompts (default: %(default)s)")
-    cases.add_argument("--suite", choices=sorted(SUITES), help="the cases of a suite in place of one")
+    cases.add_argument("--suite", help=f"the cases of a suite in place of one, or of several by comma: {_SUITE_NAMES}")
     cases.add_argument("--scenarios", help="cases as JSON, or a file of it: '[[batch, input, output], ...]'")
     cases.add_argument("--sampling", choices=SAMPLING_CHOICES, help="mission is temperature 0.6 and top-p 0.9")
     cases.add_argument("--repeats", type=int, default=3, help="of which the median counts (default: %(default)s)")
-    cases.add_argument("--time_budget", type=float, help="seconds; drops repetitions, never cases, and says so")
+    cases.add_argument("--time_budget", type=float, help="seconds; drops repetitions of the longest cases first")
     cases.add_argument("--startup", action="store_true", help="instead: process start to first token")
     cases.add_argument("--profile", metavar="TRACE", help="instead: trace decode (.json, .json.gz), time per op")
     engines = parser.add_argument_group("engines")
@@ -53,13 +62,23 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     engines.add_argument("--use_hf_impl", action="store_true", help="transformers in place of this engine")
     for family in DEFAULT_MODES:
         engines.add_argument(f"--{family}_options", type=_options, default={}, help="its keyword arguments, as JSON")
+    engines.add_argument(
+        "--longest",
+        type=_options,
+        default={},
+        help='leave out an engine\'s cases of more generated tokens: \'{"hf": 512, "vllm-default": 128}\'',
+    )
     engines.add_argument("--timeout", type=float, default=900.0, help="seconds a worker may take for one command")
     peaks = parser.add_argument_group("peaks, by which fractions are given (default: known for some GPUs)")
     peaks.add_argument("--matrix_peak", type=float, help="FLOP/s of a large bf16 matrix product")
     peaks.add_argument("--read_bandwidth", type=float, help="bytes/s of a streaming read")
     peaks.add_argument("--measure_peaks", action="store_true", help="measure both first")
     output = parser.add_argument_group("output")
-    output.add_argument("--json", type=Path, help="results, rewritten after every case")
+    output.add_argument(
+        "--json",
+        type=Path,
+        help='results, rewritten after every case; with several suites, "{suite}" in it is the name',
+    )
     output.add_argument("--append", action="store_true", help="add to the results in --json (same model, same GPU)")
     output.add_argument("--csv", type=Path, help="results as a table, a row a measurement")
     output.add_argument("--plot", type=Path, help="a PNG of the throughputs; one more for a second way of sampling")
@@ -71,7 +90,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def _complete(args: argparse.Namespace) -> None:
-    """Derive `modes`, `cases` and `sampling_list`; raises RequestError where flags contradict each other."""
+    """Derive `modes`, `suites` and `is_single`; raises RequestError where flags contradict each other."""
     if args.suite and args.scenarios:
         raise RequestError("--suite and --scenarios both say what to measure: give one of them")
     if args.engines and (args.use_vllm_impl or args.use_hf_impl):
@@ -82,16 +101,32 @@ def _complete(args: argparse.Namespace) -> None:
         raise RequestError("--startup and --profile are measurements of their own: run one after the other")
     if args.append and args.json is None:
         raise RequestError("--append adds to the file that --json names: give both")
+    for name, limit in args.longest.items():
+        if (name not in DEFAULT_MODES and name not in MODES) or not isinstance(limit, int) or limit < 1:
+            raise RequestError(f"--longest holds {name!r}: {limit!r}; it takes engines and a number of tokens for each")
     single = [name for name, wanted in (("vllm", args.use_vllm_impl), ("hf", args.use_hf_impl)) if wanted]
     names = args.engines.split(",") if args.engines else single or ["ours"]
     args.modes = select_modes([name.strip() for name in names])
-    args.cases = (Case(args.max_gen_batch_size, args.input_len, args.max_gen_len),)
-    if args.suite:
-        args.cases = SUITES[args.suite]
-    elif args.scenarios:
-        args.cases = parse_cases(args.scenarios)
     args.is_single = not (args.suite or args.scenarios)
-    args.sampling_list = samplings(args.sampling or DEFAULT_SAMPLING[args.suite])
+    args.suites = [
+        ChosenSuite(name, cases, samplings(args.sampling or DEFAULT_SAMPLING[name])) for name, cases in _chosen(args)
+    ]
+    for flag in ("json", "csv", "plot") if len(args.suites) > 1 else ():
+        path = getattr(args, flag)
+        if path is not None and "{suite}" not in str(path):
+            raise RequestError(f'--{flag} is {path}; with several suites it must hold "{{suite}}", a file for each')
+
+
+def _chosen(args: argparse.Namespace) -> list[tuple[str, tuple[Case, ...]]]:
+    """Name and cases of what is to be measured."""
+    if args.scenarios:
+        return [("scenarios", parse_cases(args.scenarios))]
+    if not args.suite:
+        return [("single", (Case(args.max_gen_batch_size, args.input_len, args.max_gen_len),))]
+    names = list(dict.fromkeys(name.strip() for name in args.suite.split(",")))
+    if unknown := [name for name in names if name not in SUITES]:
+        raise RequestError(f"--suite names {unknown[0]!r}; there are {_SUITE_NAMES}")
+    return [(name, SUITES[name]) for name in names]
 
 
 def _options(text: str) -> dict[str, Any]:
@@ -103,8 +138,8 @@ def _options(text: str) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # a run that is stopped has printed its lines
-    record = execute(parse_args(argv))
-    if record.measurements and not any(m.metrics for m in record.measurements):
+    measurements = [m for record in execute(parse_args(argv)) for m in record.measurements]
+    if measurements and not any(m.metrics for m in measurements):
         sys.exit(1)
 
 

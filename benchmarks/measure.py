@@ -17,9 +17,9 @@ class CaseRunner(Protocol):
 
 
 class Allowance(Protocol):
-    """Says whether another repetition may be afforded, from what the last one took."""
+    """Says whether there is time for another repetition, from what the last one took."""
 
-    def affords(self, seconds: float) -> bool: ...
+    def another(self, took: float) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def measure_case(runner: CaseRunner, case: Case, sampling: Sampling, plan: Plan,
         return runner.run(case, output_len, sampling, seed)
 
     while len(total) < plan.repeats:
-        if total and not allowance.affords(total[-1] + one_token[-1]):
+        if total and not allowance.another(total[-1] + one_token[-1]):
             break
         # A case of one token is its own prefill.
         one_token.append(run(1))

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from benchmarks.op_table import op_tables
 from benchmarks.peaks import Peaks, known_peaks, override
 from benchmarks.progress import block_events, progress_events
 from benchmarks.record import Record
-from benchmarks.session import Session
+from benchmarks.session import Session, Suite
 from benchmarks.startup import measure_startup
 from benchmarks.target import Target
 from benchmarks.text_table import number
@@ -27,52 +26,69 @@ from llama3.errors import ConfigError
 
 PEAKS_TIMEOUT = 300.0
 CHECKPOINTS = ROOT / "build" / "benchmark_models"  # random checkpoints for start-up, written once
+# Folders of a config.json alone, always the same ones: vLLM finds what it compiled before by the folder's path.
+CONFIGS = ROOT / "build" / "benchmark_configs"
 
 
-def execute(args: argparse.Namespace) -> Record:
+def execute(args: argparse.Namespace) -> list[Record]:
     """Carry out what `benchmark_model.parse_args` read. Raises UserError before anything is measured, where it can."""
     hardware = hardware_csv.read_hardware_csv(args.hardware_csv) if args.hardware_csv else []
-    with tempfile.TemporaryDirectory() as scratch:
-        target = _target(args, Path(scratch))
-        target.check(args.cases)
-        session = _session(args, target, _record(args, target))
-        if args.log_folder is not None:
-            args.log_folder.mkdir(parents=True, exist_ok=True)
-        if args.startup:
-            _startup(args, session)
-        elif args.profile:
-            _profile(args, session)
-        else:
-            if not args.is_single:
-                floors = throughput_tables.floors_table(session.record, args.cases)
-                print(f"peaks: {session.record.peaks.source}\n{floors}\n")
-            session.run()
-    _report(args, session.record, hardware)
-    return session.record
+    target = _target(args)
+    target.check(tuple(case for chosen in args.suites for case in chosen.cases))
+    session = _session(args, target)
+    if args.log_folder is not None:
+        args.log_folder.mkdir(parents=True, exist_ok=True)
+    if args.startup:
+        _startup(args, session)
+    elif args.profile:
+        _profile(args, session)
+    else:
+        if not args.is_single:
+            print(f"peaks: {session.suites[0].record.peaks.source}")
+            for suite in session.suites:
+                print(f"{throughput_tables.floors_table(suite.record, suite.cases)}\n")
+        session.run()
+    for chosen, suite in zip(args.suites, session.suites, strict=True):
+        _report(args, chosen.name, suite, hardware)
+    return [suite.record for suite in session.suites]
 
 
-def _target(args: argparse.Namespace, scratch: Path) -> Target:
+def _target(args: argparse.Namespace) -> Target:
     if args.shape:
-        return Target.from_shape(args.shape, args.dtype, scratch / args.shape)
+        return Target.from_shape(args.shape, args.dtype, CONFIGS / args.shape)
     return Target.from_model(args.model_name, args.dtype)
 
 
-def _record(args: argparse.Namespace, target: Target) -> Record:
+def _suites(args: argparse.Namespace, target: Target) -> list[Suite]:
+    """A record for each suite asked for, new or continued."""
     environment = describe()
-    if args.append and args.json.exists():
-        return _earlier_record(args.json, target, environment)
     settings = {"seed": args.random_seed, "repeats": args.repeats, "time_budget": args.time_budget}
     settings |= {"device": args.device, "kernels": args.kernels, "gpu_before": gpu_state()}
-    return Record(
-        model=target.name,
-        suite=args.suite or ("single" if args.is_single else "scenarios"),
-        config=target.config,
-        dtype=target.dtype,
-        random_weights=target.random_weights,
-        peaks=_peaks(args),
-        environment=environment,
-        settings=settings,
-    )
+    peaks: Peaks | None = None
+    suites = []
+    for chosen in args.suites:
+        path = _path(args.json, chosen.name)
+        if args.append and path is not None and path.exists():
+            record = _earlier_record(path, target, environment)
+        else:
+            peaks = peaks or _peaks(args)
+            record = Record(
+                model=target.name,
+                suite=chosen.name,
+                config=target.config,
+                dtype=target.dtype,
+                random_weights=target.random_weights,
+                peaks=peaks,
+                environment=environment,
+                settings=settings,
+            )
+        suites.append(Suite(record, chosen.cases, chosen.samplings, path))
+    return suites
+
+
+def _path(path: Path | None, suite: str) -> Path | None:
+    """The path for one suite: a flag that is given once names the files of several by a part "{suite}"."""
+    return None if path is None else Path(str(path).replace("{suite}", suite))
 
 
 def _earlier_record(path: Path, target: Target, environment: dict[str, Any]) -> Record:
@@ -102,30 +118,29 @@ def _peaks(args: argparse.Namespace) -> Peaks:
     return override(found, args.matrix_peak, args.read_bandwidth)
 
 
-def _session(args: argparse.Namespace, target: Target, record: Record) -> Session:
+def _session(args: argparse.Namespace, target: Target) -> Session:
     device = resolve_device(args.device)
     return Session(
         target=target,
         modes=args.modes,
-        cases=args.cases,
-        samplings=args.sampling_list,
-        record=record,
+        suites=_suites(args, target),
         repeats=args.repeats,
         seed=args.random_seed,
         device=str(device),
         kernels=args.kernels,
         timeout=args.timeout,
         time_budget=args.time_budget,
-        json_path=args.json,
         log_folder=args.log_folder,
         options={"ours": args.ours_options, "vllm": args.vllm_options, "hf": args.hf_options},
+        longest=args.longest,
         events=block_events(target.name, device.type) if args.is_single else progress_events(),
     )
 
 
 def _startup(args: argparse.Namespace, session: Session) -> None:
     """Process start to first token for every engine, from a checkpoint on disk."""
-    record = session.record
+    suite = session.suites[0]
+    record = suite.record
     folder = CHECKPOINTS / f"{session.target.name}-{str(record.dtype).removeprefix('torch.')}"
     session.target = session.target.with_weights(folder)
     session.note_memory()  # writing the weights may have left a context of this process's own on the GPU
@@ -135,34 +150,35 @@ def _startup(args: argparse.Namespace, session: Session) -> None:
         print(
             f"{mode.name}: first token {number(found.get('median'), 2)} s after process start{found.get('error', '')}"
         )
-        if args.json:
-            record.save(args.json)
+        suite.save()
 
 
 def _profile(args: argparse.Namespace, session: Session) -> None:
     """A trace and the time per op of every case, on this engine."""
-    sampling, trace = args.sampling_list[0], Path(args.profile)
+    suite, trace = session.suites[0], Path(args.profile)
+    record, sampling = suite.record, suite.samplings[0]
     trace.parent.mkdir(parents=True, exist_ok=True)
-    record = session.record
     for mode in session.modes:
         try:
             with session.start_worker(mode) as worker:
                 worker.load(session.load_spec(mode))
-                for index, case in enumerate(args.cases):
+                for index, case in enumerate(suite.cases):
                     path = trace if index == 0 else trace.with_name(f"{index + 1}-{trace.name}")
                     worker.prepare(case)
                     tables = worker.profile(case, sampling, f"{args.random_seed}/profile {case}", path)
                     record.profiles.append({"engine": mode.name, "sampling": sampling.name, **tables})
+                    suite.save()
                     print(f"\ntrace: {path}\n{op_tables(tables, record.config, record.dtype, record.peaks)}")
         except (EngineFailed, WorkerDied) as error:
             record.notes.append(f"--profile of {mode.name} failed: {error}")
 
 
-def _report(args: argparse.Namespace, record: Record, hardware: list[dict[Case, boxed_tables.Column]]) -> None:
+def _report(args: argparse.Namespace, name: str, suite: Suite, hardware: list[dict[Case, boxed_tables.Column]]) -> None:
+    record = suite.record
     if not args.is_single and record.measurements:
         if record.suite == "profile":
-            for name in record.samplings():
-                print(f"\n{SAMPLINGS[name].title}\n{boxed_tables.profile_boxes(record, name, hardware)}")
+            for sampling in record.samplings():
+                print(f"\n{SAMPLINGS[sampling].title}\n{boxed_tables.profile_boxes(record, sampling, hardware)}")
         else:
             print(f"\n{throughput_tables.throughput_tables(record)}")
         print(f"\n{throughput_tables.figures_table(record)}")
@@ -170,11 +186,11 @@ def _report(args: argparse.Namespace, record: Record, hardware: list[dict[Case, 
         print(f"\n{throughput_tables.startup_table(record)}")
     for note in record.notes:
         print(f"note: {note}")
-    if args.json:
-        record.save(args.json)
-    if args.csv:
-        write_csv(record, args.csv)
-    if args.plot and record.measurements:
-        for index, name in enumerate(record.samplings()):
-            path = args.plot if index == 0 else args.plot.with_stem(f"{args.plot.stem}-{name}")
-            plots.draw(plots.plot_data(record, name), path)
+    suite.save()
+    if (path := _path(args.csv, name)) is not None:
+        write_csv(record, path)
+    if (path := _path(args.plot, name)) is not None and record.measurements:
+        for index, sampling in enumerate(record.samplings()):
+            plots.draw(
+                plots.plot_data(record, sampling), path if index == 0 else path.with_stem(f"{path.stem}-{sampling}")
+            )

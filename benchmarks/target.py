@@ -46,7 +46,9 @@ class Target:
         folder.mkdir(parents=True, exist_ok=True)
         token_ids = {"bos_token_id": config.bos_token_id, "eos_token_id": sorted(config.eos_token_ids)}
         values = hf_config(config, resolved, CONFIG_SCHEMA) | token_ids
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        path, text = folder / "config.json", json.dumps(values, indent=2) + "\n"
+        if not path.exists() or path.read_text() != text:  # another run may be reading it
+            path.write_text(text)
         return cls(shape, folder, replace(config, dtype=resolved), resolved, random_weights=True)
 
     def with_weights(self, folder: Path) -> "Target":

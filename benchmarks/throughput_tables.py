@@ -58,7 +58,7 @@ def _throughputs(measurement: Measurement | None) -> list[float]:
 
 
 FIGURES_HEADER = (
-    "engine", "batch, in/out", "sampling", "tok/s", "spread", "TTFT ms", "TPOT ms", "prefill tok/s", "MFU",
+    "engine", "batch, in/out", "sampling", "runs", "tok/s", "spread", "TTFT ms", "TPOT ms", "prefill tok/s", "MFU",
     "decode tok/s", "decode GB/s", "of floor",
 )  # fmt: skip
 
@@ -69,8 +69,9 @@ def figures_table(record: Record) -> str:
     for m in record.measurements:
         name = [MODES[m.engine].label, f"{m.case.batch_size}, {m.case.input_len}/{m.case.output_len}", m.sampling]
         x = m.metrics
+        name.append(str(len(m.timing.total)) if m.timing else "-")
         if x is None:
-            rows.append([*name, "failed", *["-"] * (len(FIGURES_HEADER) - 4)])
+            rows.append([*name, "failed", *["-"] * (len(FIGURES_HEADER) - 5)])
             continue
         spread = (x.throughput_high - x.throughput_low) / x.throughput
         rows.append([

@@ -5,6 +5,7 @@ Because nothing here ever moves, one captured graph serves every step; the host 
 
 from collections.abc import Sequence as Rows
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
@@ -36,29 +37,34 @@ class DecodeState:
 
     def assign(self, sequences: Rows[Sequence]) -> None:
         """Give their rows to new sequences. They stay idle until `place` gives them a first token."""
-        index = self._tensor([s.row for s in sequences], torch.int64)
         params = [sequence.params for sequence in sequences]
-        values: dict[str, list[int] | list[float]] = {
-            "temperature": [p.temperature for p in params],
-            "top_p": [p.top_p for p in params],
-            "min_p": [p.min_p for p in params],
-            "top_k": [max(p.top_k, 0) for p in params],
-            "seed": [s.seed for s in sequences],
-            "request": [s.rng_request for s in sequences],
-            "sample": [s.sample for s in sequences],
-        }
-        for name in INTEGER_FIELDS + FLOAT_FIELDS:
-            target = getattr(self.sampling, name)
-            target[index] = self._tensor(values[name], target.dtype)
-        prompt_lens = [len(s.prompt_ids) for s in sequences]
-        self.last_positions[index] = self._tensor([s.max_context_len - 1 for s in sequences], torch.int32)
-        self.first_stop_positions[index] = self._tensor(
-            [n + p.min_tokens for n, p in zip(prompt_lens, params, strict=True)], torch.int32
-        )
-        padded = [sorted(s.stop_ids) + [-1] * (self.max_stop_ids - len(s.stop_ids)) for s in sequences]
-        self.stop_ids[index] = self._tensor(padded, torch.int64)
-        self.slots[index] = self._tensor([s.slot for s in sequences], torch.int32)
+        integers: list[tuple[torch.Tensor, list[int]]] = [
+            (self.sampling.top_k, [max(p.top_k, 0) for p in params]),
+            (self.sampling.seed, [s.seed for s in sequences]),
+            (self.sampling.request, [s.rng_request for s in sequences]),
+            (self.sampling.sample, [s.sample for s in sequences]),
+            (self.last_positions, [s.max_context_len - 1 for s in sequences]),
+            (self.first_stop_positions, [len(s.prompt_ids) + s.params.min_tokens for s in sequences]),
+            (self.slots, [s.slot for s in sequences]),
+        ]
+        floats = (self.sampling.temperature, self.sampling.top_p, self.sampling.min_p)
+        stop_ids = [token for s in sequences for token in self._padded(s.stop_ids)]
+        # Few copies, because each costs the host more than the device: one of integers, one of floats.
+        rows = [s.row for s in sequences]
+        sizes = [len(rows)] * (1 + len(integers)) + [len(stop_ids)]
+        values = [*rows, *chain.from_iterable(numbers for _, numbers in integers), *stop_ids]
+        packed = self._tensor(values, torch.int64).split(sizes)
+        index = packed[0]
+        for (target, _), column in zip(integers, packed[1:-1], strict=True):
+            target[index] = column.to(target.dtype)
+        rules = self._tensor([[p.temperature, p.top_p, p.min_p] for p in params], torch.float32)
+        for target, column in zip(floats, rules.unbind(1), strict=True):
+            target[index] = column
+        self.stop_ids[index] = packed[-1].view(len(rows), self.max_stop_ids)
         self.positions.index_fill_(0, index, IDLE)
+
+    def _padded(self, stop_ids: frozenset[int]) -> list[int]:
+        return sorted(stop_ids) + [-1] * (self.max_stop_ids - len(stop_ids))
 
     def close_up(self, old_rows: Rows[int]) -> None:
         """Move `old_rows` to rows 0, 1, ...; the rows after them go idle."""

@@ -3,6 +3,7 @@
 Steps are launched ahead of the host: while one group of tokens is being read back, the next is already computing.
 """
 
+from array import array
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,33 +37,34 @@ class Engine:
     The cache is sized for the job at hand by `prepare` and kept for later ones that fit into it.
     """
 
-    def __init__(
-        self, model: Transformer, device: torch.device, dtype: torch.dtype, max_num_batched_tokens: int
-    ) -> None:
+    def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.device, self.dtype = model, device, dtype
-        self.max_num_batched_tokens = max_num_batched_tokens
         self.cache: KVCache | None = None
         self.state: DecodeState
         self.runner: Runner
-        self.scheduler = Scheduler(0, max_num_batched_tokens)
+        self.scheduler = Scheduler(0, 0)
         self._pending: deque[PendingTokens] = deque()
 
-    def prepare(self, num_rows: int, max_len: int, max_stop_ids: int) -> None:
-        """Make sure of a cache of `num_rows` sequences of `max_len` tokens. No sequence may be running."""
-        cache = self.cache
-        if (
-            cache is None
-            or cache.num_slots < num_rows
-            or cache.max_len < max_len
-            or self.state.max_stop_ids < max_stop_ids
-        ):
+    def prepare(self, num_rows: int, max_len: int, max_stop_ids: int, max_num_batched_tokens: int) -> None:
+        """Make sure of a cache of `num_rows` sequences of `max_len` tokens. No sequence may be running.
+
+        max_num_batched_tokens: most prompt tokens of one prefill call.
+        """
+        if self.kept_cache(num_rows, max_len, max_stop_ids) is None:
             self.release()
             max_len = -(-max_len // BLOCK_SIZE) * BLOCK_SIZE
             self.cache = KVCache(self.model.config, num_rows, max_len, self.dtype, self.device)
             self.state = DecodeState(num_rows, max_stop_ids, self.device)
             self.runner = Runner(self.model, self.cache, self.state)
-        self.scheduler = Scheduler(num_rows, self.max_num_batched_tokens)
+        self.scheduler = Scheduler(num_rows, max_num_batched_tokens)
         self._pending.clear()
+
+    def kept_cache(self, num_rows: int, max_len: int, max_stop_ids: int) -> KVCache | None:
+        """The present cache if `prepare` would keep it for such a job."""
+        cache = self.cache
+        if cache is None or cache.num_slots < num_rows or cache.max_len < max_len:
+            return None
+        return cache if self.state.max_stop_ids >= max_stop_ids else None
 
     def reclaimable_memory(self) -> int:
         """Bytes free for a cache and the work beside it, the present cache's own included."""
@@ -95,7 +97,7 @@ class Engine:
         """Drop everything that waits or runs; the engine can be used again."""
         self.state.release(range(self.state.num_rows))
         self._pending.clear()
-        self.scheduler = Scheduler(self.scheduler.num_places, self.max_num_batched_tokens)
+        self.scheduler = Scheduler(self.scheduler.num_places, self.scheduler.token_budget)
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End a running sequence for a reason that only the caller can see, such as a stop string."""
@@ -115,11 +117,9 @@ class Engine:
             self.cache.reset(sequence.slot)
         slots = [s.slot for s in work.sequences]
         starts = self.cache.reserve(slots, work.counts)
-        token_ids = [
-            token
-            for sequence, start, count in zip(work.sequences, starts, work.counts, strict=True)
-            for token in sequence.prompt_ids[start : start + count]
-        ]
+        token_ids = array("q")
+        for sequence, start, count in zip(work.sequences, starts, work.counts, strict=True):
+            token_ids.fromlist(sequence.prompt_ids[start : start + count])
         logits = self.runner.prefill(token_ids, slots, work.counts, starts)
         if fresh:  # while the GPU computes: only drawing needs it
             self.state.assign(fresh)
@@ -171,12 +171,7 @@ class Engine:
     def _collect(self, pending: PendingTokens) -> list[Progress]:
         progress = []
         for sequence, tokens, logprobs in pending.wait():
-            taken = []
-            for token in tokens:
-                if sequence.finished:  # what was drawn after the end, before the host knew of it
-                    break
-                sequence.append(token)
-                taken.append(token)
+            taken = sequence.extend(tokens)  # what was drawn after the end, before the host knew of it, is dropped
             if taken:
                 sequence.logprobs.extend(logprobs)
                 progress.append(Progress(sequence, taken))

@@ -17,7 +17,7 @@ from llama3.errors import RequestError, TokenizerError, UserError
 from llama3.loaded_model import LoadedModel
 from llama3.model import Transformer
 from llama3.outputs import RequestOutput
-from llama3.plan import MemoryPlan
+from llama3.plan import CALL_SIZES, MemoryPlan
 from llama3.prompts import Prompt, as_prompt_list, check_params, encode_prompt
 from llama3.rope import RopeTable
 from llama3.sampling_params import SamplingParams
@@ -26,9 +26,8 @@ from llama3.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 
-# Defaults where the caller sets no limit: sequences at once, and prompt tokens in one prefill call.
+# Sequences at once where the caller sets no limit.
 DEFAULT_MAX_NUM_SEQS = {"cuda": 256, "cpu": 32}
-DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cuda": 16384, "cpu": 2048}
 
 
 @dataclass
@@ -47,8 +46,8 @@ class LLM:
     model: a local folder, a Hugging Face hub name, or a model already in memory. dtype: "auto" is the folder's.
     device: "auto" takes the GPU if there is one. kernels: "auto", "reference" or "cuda". max_model_len: most tokens
     of prompt and answer together; None sizes the cache for each job. max_num_seqs: most sequences decoded at once;
-    None takes what fits. max_num_batched_tokens: most prompt tokens in one prefill call. seed: of requests that bring
-    none of their own.
+    None takes what fits. max_num_batched_tokens: most prompt tokens in one prefill call; None takes what fits beside
+    the cache. seed: of requests that bring none of their own.
 
     Use it as a context manager, or call `close`, to give the memory back. Bad input raises UserError, a ValueError.
     """
@@ -80,8 +79,8 @@ class LLM:
         self.stats = RunStats()
         selected, self.kernels = ops.select(kernels, self.config, self.dtype, self.device)
         rope = RopeTable.build(self.config, self.max_model_len, self.device)
-        batched = max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS[self.device.type]
-        self.engine = Engine(Transformer(self.config, loaded.weights, selected, rope), self.device, self.dtype, batched)
+        self._call_sizes = (max_num_batched_tokens,) if max_num_batched_tokens else CALL_SIZES[self.device.type]
+        self.engine = Engine(Transformer(self.config, loaded.weights, selected, rope), self.device, self.dtype)
 
     def _check_limits(self, max_model_len: int | None, max_num_seqs: int | None) -> None:
         longest = self.config.max_position_embeddings
@@ -266,13 +265,17 @@ class LLM:
                 self.engine.abort_all()
 
     def _prepare(self, sequences: list[Sequence]) -> None:
-        """Make the engine ready for these sequences: rows, cache length and stop ids that they need."""
+        """Make the engine ready for these sequences: rows, cache length, size of a prefill call, stop ids they need."""
         needed = max(s.max_context_len for s in sequences)
         max_len = self.max_model_len if self._fixed_len else needed
-        plan = MemoryPlan(
-            self.config, self.dtype, self.engine.reclaimable_memory(), 0, self.engine.max_num_batched_tokens
-        )
+        free = self.engine.reclaimable_memory()
+        plans = [MemoryPlan(self.config, self.dtype, free, 0, size) for size in self._call_sizes]
         wanted = min(self._max_num_seqs or DEFAULT_MAX_NUM_SEQS[self.device.type], len(sequences))
-        num_rows = wanted if self._max_num_seqs else max(1, plan.largest_num_rows(max_len, wanted))
-        plan.check(num_rows, max_len)
-        self.engine.prepare(num_rows, max_len, max(1, *(len(s.stop_ids) for s in sequences)))
+        # Rows go before large calls: a call of the smallest size is little slower, a row less costs its share of all.
+        num_rows = wanted if self._max_num_seqs else max(1, plans[-1].largest_num_rows(max_len, wanted))
+        plans[-1].check(num_rows, max_len)
+        max_stop_ids = max(1, *(len(s.stop_ids) for s in sequences))
+        kept = self.engine.kept_cache(num_rows, max_len, max_stop_ids)
+        held = (num_rows, max_len) if kept is None else (kept.num_slots, kept.max_len)
+        plan = next((plan for plan in plans if plan.fits(*held)), plans[-1])
+        self.engine.prepare(num_rows, max_len, max_stop_ids, plan.num_batched_tokens)

@@ -14,6 +14,8 @@ from llama3.kv_cache import BLOCK_SIZE, KVCache
 GIB = 2**30
 # Left to the driver, the allocator's rounding and captured graphs.
 RESERVE_FRACTION = 0.04
+# Most prompt tokens of one prefill call, by kind of device: the first that fits beside the cache.
+CALL_SIZES = {"cuda": (32768, 16384, 8192, 4096, 2048), "cpu": (2048,)}
 
 
 def free_memory(device: torch.device) -> int:
@@ -31,16 +33,23 @@ def free_memory(device: torch.device) -> int:
 def activation_bytes(config: ModelConfig, num_tokens: int, num_rows: int, dtype: torch.dtype) -> int:
     """Peak bytes beside weights and cache of a prefill of `num_tokens` or a decode step of `num_rows`.
 
-    Per token: the residual stream and its normed copy, qkv and the rotated heads, gate-up and its product. Per row:
-    logits in the model's dtype, their fp32 copy, and three more of that size while sampling sorts them.
+    Per token, while gate-up runs: the residual stream, its normed copy and attention's result; qkv; gate-up, its
+    product, and the product of the layer before. In attention: two results and the residual stream; qkv and the rotated
+    heads; that product. Besides 8 bytes each of token, slot and position, and 4 of each head's softmax. Per row: logits
+    in the model's dtype, their fp32 copy, and three more of that size while sampling sorts them.
     """
-    per_token = 3 * config.hidden_size + 3 * config.qkv_size + 4 * config.intermediate_size
-    return num_tokens * per_token * dtype.itemsize + num_rows * config.vocab_size * (dtype.itemsize + 4 * 4)
+    mlp, attention = 4 * config.intermediate_size, config.intermediate_size + 2 * config.qkv_size
+    per_token = (3 * config.hidden_size + config.qkv_size + max(mlp, attention)) * dtype.itemsize
+    per_token += 3 * 8 + 4 * config.num_heads
+    return num_tokens * per_token + num_rows * config.vocab_size * (dtype.itemsize + 4 * 4)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of each part, and what is free for them together. `weights` is 0 once they are loaded."""
+    """Bytes of each part, and what is free for them together. `weights` is 0 once they are loaded.
+
+    num_batched_tokens: most prompt tokens of one prefill call.
+    """
 
     config: ModelConfig
     dtype: torch.dtype
@@ -68,9 +77,12 @@ class MemoryPlan:
         blocks = _largest(lambda n: self.needed(num_rows, n * BLOCK_SIZE) <= self.usable, limit // BLOCK_SIZE)
         return blocks * BLOCK_SIZE
 
+    def fits(self, num_rows: int, max_len: int) -> bool:
+        return self.usable >= 0 and self.needed(num_rows, max_len) <= self.usable
+
     def check(self, num_rows: int, max_len: int) -> None:
         """Raise CapacityError, with the budget and what would fit, if the job does not."""
-        if self.usable >= 0 and self.needed(num_rows, max_len) <= self.usable:
+        if self.fits(num_rows, max_len):
             return
         cache = KVCache.num_bytes(self.config, num_rows, max_len, self.dtype)
         raise CapacityError(

@@ -1,23 +1,27 @@
 """Prefill of short prompts in captured graphs: one launch where the host would take milliseconds over a hundred.
 
-Graphs have fixed sizes, so a call is padded to the next one: tokens of no sequence, which are stored nowhere, and
-sequences of no tokens. A size is captured when it is first needed.
+Graphs have fixed sizes, so a call is padded to the next one: tokens that are stored nowhere, sequences of no tokens.
+A size is captured when it is first needed.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from llama3.config import ModelConfig
 from llama3.decode_state import IDLE
 from llama3.forward_batch import PrefillBatch
 from llama3.kv_cache import KVCache
 from llama3.model import Transformer
 
-# Beyond the last of these the GPU takes longer than the host.
-TOKEN_SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+TOKEN_SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
 SEQUENCE_SIZES = (1, 8)
+# Products of a layer up to which a capture pays although calls are padded: beyond it the GPU takes longer than the host
+# takes to launch op by op. These are 2048 tokens of the 1B shape, 1024 of 3B and 512 of 8B.
+MAX_LAYER_FLOPS = 2.5e11
 
 
 @dataclass
@@ -35,13 +39,13 @@ class PrefillGraphs:
     def __init__(self, model: Transformer, cache: KVCache, pool: Any) -> None:
         self.model, self.cache, self._pool = model, cache, pool
         self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._max_tokens = largest_size(model.config)
 
-    @staticmethod
-    def takes(seq_lens: Sequence[int], past_lens: Sequence[int]) -> bool:
+    def takes(self, seq_lens: Sequence[int], past_lens: Sequence[int]) -> bool:
         """Whether there is a graph for such a call."""
-        return not any(past_lens) and sum(seq_lens) <= TOKEN_SIZES[-1] and len(seq_lens) <= SEQUENCE_SIZES[-1]
+        return not any(past_lens) and sum(seq_lens) <= self._max_tokens and len(seq_lens) <= SEQUENCE_SIZES[-1]
 
-    def run(self, token_ids: Sequence[int], seq_slots: Sequence[int], seq_lens: Sequence[int]) -> torch.Tensor:
+    def run(self, token_ids: "array[int]", seq_slots: Sequence[int], seq_lens: Sequence[int]) -> torch.Tensor:
         """Logits [B, V] of each sequence's last token, valid until the next call. The host does not wait."""
         num_tokens = next(size for size in TOKEN_SIZES if size >= len(token_ids))
         num_seqs = next(size for size in SEQUENCE_SIZES if size >= len(seq_lens))
@@ -62,24 +66,37 @@ class PrefillGraphs:
         return logits[: len(seq_lens)]
 
     def _forward(self, inputs: torch.Tensor, num_tokens: int, num_seqs: int) -> torch.Tensor:
-        token_ids, slots, positions, starts = inputs.split((num_tokens, num_tokens, num_tokens, num_seqs + 2))
-        # One more sequence than there may be: the padding. The lengths on the host are bounds, and unequal.
-        lens = (num_tokens, *[0] * num_seqs)
-        batch = PrefillBatch(slots, positions, starts.int(), (0,) * len(lens), lens, (0,) * len(lens))
-        return self.model.logits(self.model.forward(token_ids, batch, self.cache, wanted=starts[1:-1] - 1))
+        token_ids, slots, positions, ends = inputs.split((num_tokens, num_tokens, num_tokens, num_seqs + 2))
+        starts = ends.int()
+        if num_seqs == 1:
+            # Padding behind the only sequence is as good as part of it: no token attends to what comes after.
+            lens: tuple[int, ...] = (num_tokens,)
+            starts = starts[::2]
+        else:
+            # One more sequence than there may be: the padding. The lengths on the host are bounds, and unequal.
+            lens = (num_tokens, *[0] * num_seqs)
+        host_lens = ((0,) * len(lens), lens, (0,) * len(lens))
+        batch = PrefillBatch(slots, positions, starts.contiguous(), *host_lens, comes_again=True)
+        return self.model.logits(self.model.forward(token_ids, batch, self.cache, wanted=ends[1:-1] - 1))
+
+
+def largest_size(config: ModelConfig) -> int:
+    """The largest of TOKEN_SIZES that pays for a model."""
+    token_flops = 2 * config.hidden_size * (config.qkv_size + config.q_size + 3 * config.intermediate_size)
+    return max(s for s in TOKEN_SIZES if s * token_flops <= MAX_LAYER_FLOPS or s == TOKEN_SIZES[0])
 
 
 def _pack(
-    token_ids: Sequence[int], seq_slots: Sequence[int], seq_lens: Sequence[int], num_tokens: int, num_seqs: int
+    token_ids: "array[int]", seq_slots: Sequence[int], seq_lens: Sequence[int], num_tokens: int, num_seqs: int
 ) -> torch.Tensor:
     """Token ids, slots and positions [num_tokens] each, and starts [num_seqs + 2] of the sequences and the padding."""
     padding = num_tokens - len(token_ids)
-    slots: list[int] = []
-    positions: list[int] = []
-    starts = [0]
+    slots, positions, starts = array("q"), array("q"), array("q", [0])
     for slot, length in zip(seq_slots, seq_lens, strict=True):
-        slots += [slot] * length
-        positions += range(length)
+        slots.extend(array("q", [slot]) * length)
+        positions.extend(range(length))
         starts.append(starts[-1] + length)
-    starts += [starts[-1]] * (num_seqs - len(seq_lens)) + [num_tokens]
-    return torch.tensor([*token_ids, *[0] * padding, *slots, *[0] * padding, *positions, *[IDLE] * padding, *starts])
+    starts.extend([starts[-1]] * (num_seqs - len(seq_lens)) + [num_tokens])
+    nothing = array("q", [0]) * padding
+    packed = token_ids + nothing + slots + nothing + positions + array("q", [IDLE]) * padding + starts
+    return torch.frombuffer(packed, dtype=torch.int64)

@@ -41,16 +41,17 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, 
             raise TokenizerError("the model has no tokenizer.json: give prompts as token ids")
         ids = tokenizer.encode(prompt)
     else:
-        given = list(prompt)
-        for token in given:
-            if not is_token_id(token):
-                raise RequestError(f"the prompt must be a string or token ids, but it holds {token!r}")
-        ids = [int(token) for token in given]
+        ids = list(prompt)
+        if set(map(type, ids)) != {int}:  # as fast as it gets: a call may bring millions of tokens
+            for token in ids:
+                if not is_token_id(token):
+                    raise RequestError(f"the prompt must be a string or token ids, but it holds {token!r}")
+            ids = [int(token) for token in ids]
     if not ids:
         raise RequestError("the prompt has no token ids: give at least one")
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise RequestError(f"token id {token} is outside the vocabulary of {vocab_size}")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise RequestError(f"token id {wrong} is outside the vocabulary of {vocab_size}")
     if len(ids) >= max_model_len:
         raise RequestError(
             f"the prompt has {len(ids)} tokens and leaves no room to generate: the limit for prompt and answer "

@@ -1,5 +1,6 @@
 """Launches forward passes and draws tokens; results come back as copies under way, so the host never waits here."""
 
+from array import array
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -56,12 +57,12 @@ class PendingTokens:
     """Tokens on their way to the host: num_steps draws for each of some sequences."""
 
     def __init__(self, sequences: Items[Sequence], columns: Items[int], token_ids: torch.Tensor, draw: Draw | None):
-        """token_ids [num_steps, B]; `columns` says which column belongs to which sequence."""
+        """token_ids [num_steps, B], on the host or on their way there; `columns`: which belongs to which sequence."""
         self.sequences, self.columns = list(sequences), list(columns)
-        self._tensors = [_copy_to_host(token_ids)]
+        self._tensors = [token_ids]
         if draw is not None and draw.logprobs is not None:
             self._tensors += [_copy_to_host(t) for t in draw.logprobs]
-        self._copied = torch.cuda.Event() if token_ids.is_cuda else None
+        self._copied = torch.cuda.Event() if token_ids.is_pinned() else None
         if self._copied is not None:
             self._copied.record()
 
@@ -69,12 +70,11 @@ class PendingTokens:
         """Block until the copy is done: each sequence's tokens in order, with log-probabilities where asked for."""
         if self._copied is not None:
             self._copied.synchronize()
-        steps: list[list[int]] = self._tensors[0].tolist()
-        results = []
-        for sequence, column in zip(self.sequences, self.columns, strict=True):
-            tokens = [step[column] for step in steps]
-            results.append((sequence, tokens, self._logprobs(sequence, column)))
-        return results
+        tokens: list[list[int]] = self._tensors[0].t().tolist()
+        return [
+            (sequence, tokens[column], self._logprobs(sequence, column))
+            for sequence, column in zip(self.sequences, self.columns, strict=True)
+        ]
 
     def _logprobs(self, sequence: Sequence, column: int) -> list[TokenLogprobs]:
         if sequence.params.logprobs is None:
@@ -96,15 +96,15 @@ class Runner:
         self._prefills = PrefillGraphs(model, cache, self._graph_pool) if model.ops.can_capture_prefill else None
 
     def prefill(
-        self, token_ids: Items[int], seq_slots: Items[int], seq_lens: Items[int], past_lens: Items[int]
+        self, token_ids: "array[int]", seq_slots: Items[int], seq_lens: Items[int], past_lens: Items[int]
     ) -> torch.Tensor:
-        """Packed prompts, token_ids [T], behind what their slots hold -> logits [B, V] of each one's last token.
+        """Packed prompts, token_ids [T] of type "q", behind what their slots hold -> logits [B, V], each one's last.
 
         The logits are valid until the next call.
         """
         if self._prefills is not None and self._prefills.takes(seq_lens, past_lens):
             return self._prefills.run(token_ids, seq_slots, seq_lens)
-        ids = to_device(token_ids, torch.int64, self.state.device)
+        ids = to_device(torch.frombuffer(token_ids, dtype=torch.int64), torch.int64, self.state.device)
         batch = PrefillBatch.build(seq_slots, seq_lens, past_lens, self.state.device)
         return self.model.prefill(ids, batch, self.cache)
 
@@ -121,7 +121,7 @@ class Runner:
         token_ids = self.model.ops.sample(logits, sampling, positions)
         self.state.place(index, token_ids, positions)
         draw = Draw(token_ids, log_probabilities(raw, token_ids, options.num_logprobs))
-        return PendingTokens(sequences, range(len(sequences)), token_ids[None], draw)
+        return PendingTokens(sequences, range(len(sequences)), _copy_to_host(token_ids[None]), draw)
 
     def decode(self, sequences: Items[Sequence], num_steps: int, options: StepOptions) -> PendingTokens:
         """Launch `num_steps` decode steps over the rows up to the last one of `sequences`, whose options these are."""
@@ -130,13 +130,13 @@ class Runner:
         if options.num_logprobs is not None or self.state.device.type != "cuda":
             assert num_steps == 1, "log-probabilities come back one step at a time"
             draw = self._step(num_rows, options)
-            tokens = draw.token_ids[None]
+            tokens = _copy_to_host(draw.token_ids[None])
         else:
             tokens = self._replay(num_rows, num_steps, options)
         return PendingTokens(sequences, [s.row for s in sequences], tokens, draw)
 
-    def _step(self, num_rows: int, options: StepOptions) -> Draw:
-        """One decode step, op by op or in one launch."""
+    def _step(self, num_rows: int, options: StepOptions, out: torch.Tensor | None = None) -> Draw:
+        """One decode step, op by op or in one launch. out: int64 [num_rows], receives the tokens if given."""
         state, rows = self.state, slice(0, num_rows)
         if self._whole_step is not None and num_rows == 1:
             self._whole_step.launch()
@@ -146,7 +146,7 @@ class Runner:
             logits = self.model.decode_step(state.token_ids[rows], batch, self.cache)
         raw = logits.float().clone() if options.num_logprobs is not None else None
         sampling = state.with_flags(options.all_greedy, options.any_filter).rows(rows)
-        token_ids = self.model.ops.sample_and_place(logits, sampling, state, options.any_min_tokens)
+        token_ids = self.model.ops.sample_and_place(logits, sampling, state, options.any_min_tokens, out)
         return Draw(token_ids, log_probabilities(raw, token_ids, options.num_logprobs))
 
     def _context_bound(self, num_rows: int) -> int:
@@ -156,36 +156,40 @@ class Runner:
         return max(int(self.state.positions[:num_rows].max()) + 1, 1)
 
     def _replay(self, num_rows: int, num_steps: int, options: StepOptions) -> torch.Tensor:
-        """Token ids [num_steps, num_rows], from one launch or from captured graphs of GRAPH_STEPS steps and of one."""
-        tokens = torch.empty(num_steps, num_rows, dtype=torch.int64, device=self.state.device)
+        """Token ids [num_steps, num_rows] on their way to the host, from one launch or from captured graphs."""
         # Steps follow one another within one launch where it can draw; else the sampling kernel is between them.
         chains = not options.any_top_k_and_top_p and not options.any_min_tokens
         if self._whole_step is not None and num_rows == 1 and chains:
+            tokens = torch.empty(num_steps, 1, dtype=torch.int64, device=self.state.device)
             self._whole_step.launch(tokens)
-            return tokens
+            return _copy_to_host(tokens)
+        host = torch.empty(num_steps, num_rows, dtype=torch.int64, pin_memory=True)
         done = 0
         while done < num_steps:
             steps = GRAPH_STEPS if num_steps - done >= GRAPH_STEPS else 1
             graph, drawn = self._graph(num_rows, steps, options)
             graph.replay()
-            tokens[done : done + steps] = drawn
+            host[done : done + steps].copy_(drawn, non_blocking=True)  # enqueued before the graph can run again
             done += steps
-        return tokens
+        return host
 
     def _graph(self, num_rows: int, num_steps: int, options: StepOptions) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """A graph of `num_steps` steps, and int64 [num_steps, num_rows], which each replay fills with its tokens."""
         key = (num_rows, num_steps, options)
         if key not in self._graphs:
             state = self.state
             kept = state.token_ids.clone(), state.positions.clone()
             state.positions.fill_(IDLE)  # the warm-up steps must leave no trace in the cache
+            drawn = torch.empty(num_steps, num_rows, dtype=torch.int64, device=state.device)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._step(num_rows, options)
+                self._step(num_rows, options, drawn[0])
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._graph_pool):
-                drawn = torch.stack([self._step(num_rows, options).token_ids for _ in range(num_steps)])
+                for out in drawn.unbind():
+                    self._step(num_rows, options, out)
             state.token_ids.copy_(kept[0])
             state.positions.copy_(kept[1])
             self._graphs[key] = graph, drawn

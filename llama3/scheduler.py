@@ -5,6 +5,7 @@ runs. A place is a cache slot, where the sequence's keys and values lie until it
 which may change when the batch shrinks.
 """
 
+import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -37,9 +38,10 @@ class Scheduler:
     def __init__(self, num_places: int, token_budget: int) -> None:
         self.num_places, self.token_budget = num_places, token_budget
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # those only partly prefilled included
-        self._free_slots = list(range(num_places))
-        self._free_rows = list(range(num_places))
+        # A dictionary for its order and its speed; those only partly prefilled are included.
+        self.running: dict[Sequence, None] = {}
+        self._free_slots = deque(range(num_places))
+        self._free_rows = list(range(num_places))  # a heap: the lowest rows first keep the batch short
         self._partial: PrefillWork | None = None
 
     def add(self, sequence: Sequence) -> None:
@@ -52,10 +54,9 @@ class Scheduler:
     def release(self, sequence: Sequence) -> None:
         """Give a sequence's place back, or take it out of the queue."""
         if sequence in self.running:
-            self.running.remove(sequence)
+            del self.running[sequence]
             self._free_slots.append(sequence.slot)
-            self._free_rows.append(sequence.row)
-            self._free_rows.sort()  # the lowest rows first keeps the batch short
+            heapq.heappush(self._free_rows, sequence.row)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
@@ -67,7 +68,7 @@ class Scheduler:
         num_rows = max((s.row for s in self.running), default=-1) + 1
         if self.waiting or self._partial is not None or len(self.running) * SHRINK_FRACTION > num_rows:
             return None
-        self.running.sort(key=lambda s: s.row)
+        self.running = dict.fromkeys(sorted(self.running, key=lambda s: s.row))
         old_rows = [sequence.row for sequence in self.running]
         for row, sequence in enumerate(self.running):
             sequence.row = row
@@ -98,8 +99,8 @@ class Scheduler:
                 work.counts.append(len(sequence.prompt_ids))
                 work.followers.append([])
                 tokens += len(sequence.prompt_ids)
-            self.running.append(self.waiting.popleft())
-            sequence.slot, sequence.row = self._free_slots.pop(0), self._free_rows.pop(0)
+            self.running[self.waiting.popleft()] = None
+            sequence.slot, sequence.row = self._free_slots.popleft(), heapq.heappop(self._free_rows)
         return self._cut(work)
 
     def _cut(self, work: PrefillWork) -> PrefillWork:

@@ -51,14 +51,23 @@ class Sequence:
         """Cache positions it may need: the last token drawn is never fed back."""
         return len(self.prompt_ids) + self.max_tokens - 1
 
-    def append(self, token_id: int) -> None:
-        """Take one drawn token and decide whether it ends the answer."""
-        self.output_ids.append(token_id)
-        if token_id in self.stop_ids and len(self.output_ids) > self.params.min_tokens:
-            # As in vLLM, stop_reason names an id that the request brought, and stays None for the model's own.
-            self.finish("stop", token_id if token_id in self.params.stop_token_ids else None)
-        elif len(self.output_ids) >= self.max_tokens:
+    def extend(self, token_ids: list[int]) -> list[int]:
+        """Take drawn tokens up to the one that ends the answer, if there is one; returns those taken."""
+        if self.finished:
+            return []
+        taken = token_ids[: self.max_tokens - len(self.output_ids)]
+        if not self.stop_ids.isdisjoint(taken):
+            min_left = self.params.min_tokens - len(self.output_ids)
+            for i, token in enumerate(taken):
+                if token in self.stop_ids and i >= min_left:
+                    taken = taken[: i + 1]
+                    # As in vLLM, stop_reason names an id that the request brought, and stays None for the model's own.
+                    self.finish("stop", token if token in self.params.stop_token_ids else None)
+                    break
+        self.output_ids += taken
+        if not self.finished and len(self.output_ids) >= self.max_tokens:
             self.finish("length")
+        return taken
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         self.finish_reason, self.stop_reason = reason, stop_reason

@@ -49,8 +49,8 @@ def run(
     model: Transformer, sequences: Items[Sequence], num_rows: int, token_budget: int = 2048, max_stop_ids: int = 4
 ) -> list[list[int]]:
     """Run sequences over a poisoned cache to their end; their tokens."""
-    engine = Engine(model, torch.device("cpu"), model.weights.embed.dtype, token_budget)
-    engine.prepare(num_rows, max(s.max_context_len for s in sequences), max_stop_ids)
+    engine = Engine(model, torch.device("cpu"), model.weights.embed.dtype)
+    engine.prepare(num_rows, max(s.max_context_len for s in sequences), max_stop_ids, token_budget)
     assert engine.cache is not None
     poison(engine.cache)
     engine.add(sequences)

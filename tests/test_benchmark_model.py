@@ -26,7 +26,7 @@ def test_the_flags_of_one_case_with_underscores_and_dashes():
     for spelling in (flags, [flag.replace("_", "-") for flag in flags]):
         args = parse(*spelling)
         assert args.model_name == "m" and args.random_seed == 5
-        assert args.cases == (Case(4, 9, 7),) and args.sampling_list == (SAMPLINGS["mission"],)
+        assert args.suites == [("single", (Case(4, 9, 7),), (SAMPLINGS["mission"],))]
         assert [mode.name for mode in args.modes] == ["ours"] and args.is_single
 
 
@@ -35,21 +35,22 @@ def test_engines_suites_and_ways_of_sampling():
     assert [m.name for m in parse("--use_hf_impl").modes] == ["hf-eager"]
     names = [m.name for m in parse("--engines", "ours, vllm,hf,hf-static,vllm-default").modes]
     assert names == ["ours", "vllm-default", "vllm-inprocess", "hf-eager", "hf-static"]
-    seed, profile = parse("--suite", "seed"), parse("--suite", "profile")
-    assert seed.cases == SUITES["seed"] and len(seed.cases) == 8 and len(seed.sampling_list) == 2
+    seed, profile = parse("--suite", "seed, profile", "--json", "{suite}.json").suites
+    assert seed.name == "seed" and seed.cases == SUITES["seed"] and len(seed.cases) == 8 and len(seed.samplings) == 2
     assert [(c.input_len, c.output_len) for c in profile.cases] == [
         (128, 512), (128, 1024), (128, 1536), (512, 512), (512, 1024), (512, 1536),
     ]  # fmt: skip
-    assert profile.sampling_list == (SAMPLINGS["greedy"],)
-    assert parse("--suite", "seed", "--sampling", "mission").sampling_list == (SAMPLINGS["mission"],)
+    assert profile.name == "profile" and profile.samplings == (SAMPLINGS["greedy"],)
+    assert parse("--suite", "seed", "--sampling", "mission").suites[0].samplings == (SAMPLINGS["mission"],)
     assert parse("--vllm_options", '{"max_num_seqs": 8}').vllm_options == {"max_num_seqs": 8}
+    assert parse("--longest", '{"hf": 512, "vllm-default": 128}').longest == {"hf": 512, "vllm-default": 128}
 
 
 def test_scenarios_come_as_json_or_from_a_file(tmp_path):
     text = '[[1, 2, 3], {"batch_size": 4, "input_len": 5, "output_len": 6}]'
     (tmp_path / "cases.json").write_text(text)
     for value in (text, str(tmp_path / "cases.json")):
-        assert parse("--scenarios", value).cases == (Case(1, 2, 3), Case(4, 5, 6))
+        assert parse("--scenarios", value).suites[0][:2] == ("scenarios", (Case(1, 2, 3), Case(4, 5, 6)))
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,10 @@ def test_scenarios_come_as_json_or_from_a_file(tmp_path):
         (["--scenarios", "[]"], "at least one case"),
         (["--suite", "seed", "--scenarios", "[[1,2,3]]"], "give one of them"),
         (["--engines", "ours,theirs"], "names 'theirs'"),
+        (["--suite", "seed,sead"], "names 'sead'; there are seed, profile"),
+        (["--suite", "seed,profile", "--json", "one.json"], "must hold"),
+        (["--longest", '{"theirs": 5}'], "holds 'theirs'"),
+        (["--longest", '{"hf": 0}'], "number of tokens"),
         (["--engines", "ours", "--use_hf_impl"], "give one of them"),
         (["--max_gen_len", "0"], "output_len 0"),
         (["--repeats", "0"], "at least 1"),
@@ -84,7 +89,7 @@ def test_this_engine_and_transformers_side_by_side(tmp_path, capsys):
     flags = [*TINY, "--scenarios", "[[2, 16, 8], [1, 32, 4]]", "--sampling", "both", "--repeats", "2"]
     flags += ["--read_bandwidth", "2e10", "--matrix_peak", "1e12", "--json", str(json_path)]
     execute(parse(*flags, "--engines", "ours", "--csv", str(csv_path)))
-    record = execute(parse(*flags, "--engines", "hf", "--append"))
+    (record,) = execute(parse(*flags, "--engines", "hf", "--append"))
     printed = capsys.readouterr().out
     assert "| batch x in/out | decode reads GB | decode floor tok/s |" in printed
     assert "| 2          | 16, 8               | " in printed and "Custom / HF" in printed
@@ -97,6 +102,20 @@ def test_this_engine_and_transformers_side_by_side(tmp_path, capsys):
     assert engines["ours"]["kernels"].startswith("reference ops") and engines["hf-eager"]["dtype"] == "bfloat16"
     with pytest.raises(ConfigError, match=r"holds tiny in torch\.bfloat16"):
         execute(parse(*TINY, "--dtype", "float32", "--json", str(json_path), "--append"))
+
+
+def test_two_suites_from_one_start_in_a_file_each(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("benchmark_model.SUITES", {"seed": (Case(2, 8, 4),), "profile": (Case(1, 8, 4), Case(1, 8, 9))})
+    monkeypatch.setattr("benchmark_model._SUITE_NAMES", "seed, profile")
+    flags = ["--suite", "seed,profile", "--repeats", "1", "--longest", '{"ours": 4}']
+    flags += ["--json", str(tmp_path / "{suite}-tiny.json"), "--csv", str(tmp_path / "{suite}.csv")]
+    seed, profile = execute(parse(*TINY, *flags))
+    assert capsys.readouterr().out.count("ours: starting") == 1
+    assert seed == Record.load(tmp_path / "seed-tiny.json") and profile == Record.load(tmp_path / "profile-tiny.json")
+    assert [(m.case, m.sampling) for m in seed.measurements] == [(Case(2, 8, 4), "mission"), (Case(2, 8, 4), "greedy")]
+    assert [m.case for m in profile.measurements] == [Case(1, 8, 4)]
+    assert profile.notes == ["ours ran only cases of up to 4 generated tokens"] and not seed.notes
+    assert seed.engines == profile.engines and (tmp_path / "profile.csv").exists()
 
 
 def test_the_script_prints_the_block_and_fails_where_every_engine_fails(tmp_path):
@@ -132,7 +151,7 @@ def test_the_script_prints_the_block_and_fails_where_every_engine_fails(tmp_path
 def test_a_profile_on_a_cpu(tmp_path, capsys):
     trace, json_path = tmp_path / "new" / "trace.json.gz", tmp_path / "p.json"
     flags = [*TINY, "--json", str(json_path)]
-    record = execute(parse(*flags, "--input_len", "8", "--max_gen_len", "64", "--profile", str(trace)))
+    (record,) = execute(parse(*flags, "--input_len", "8", "--max_gen_len", "64", "--profile", str(trace)))
     printed = capsys.readouterr().out
     assert trace.stat().st_size > 1000 and f"trace: {trace}" in printed
     found = record.profiles[0]
@@ -144,7 +163,7 @@ def test_a_profile_on_a_cpu(tmp_path, capsys):
 
 def test_startup_from_a_checkpoint(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("benchmarks.run.CHECKPOINTS", tmp_path / "checkpoints")
-    record = execute(parse(*TINY, "--startup", "--repeats", "1"))
+    (record,) = execute(parse(*TINY, "--startup", "--repeats", "1"))
     assert "ours: first token " in capsys.readouterr().out
     assert 0 < record.startup["ours"]["median"] < 60
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["tiny-bfloat16"]

@@ -163,10 +163,10 @@ def test_figures_show_every_mode_and_every_failure():
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in figures_table(record).splitlines()]
     assert len(rows) == 2 + 3 * 8
     assert rows[2 + 4] == [
-        "Custom", "1, 128/128", "mission", "934.3", "2.0%", "10.00", "1.0000", "12800", "3.2%", "1000.0",
+        "Custom", "1, 128/128", "mission", "3", "934.3", "2.0%", "10.00", "1.0000", "12800", "3.2%", "1000.0",
         "2478", "54.0%",
     ]  # fmt: skip
-    assert rows[-1][:5] == ["vLLM in-process", "1, 2048/2048", "mission", "failed", "-"]
+    assert rows[-1][:6] == ["vLLM in-process", "1, 2048/2048", "mission", "-", "failed", "-"]
 
 
 def test_floors_and_startup_tables():

@@ -10,13 +10,13 @@ import pytest
 
 from benchmarks import environment, worker_client
 from benchmarks import record as record_module
-from benchmarks.budget import TimeBudget
+from benchmarks.budget import ITEM_SECONDS, Item, TimeBudget
 from benchmarks.cases import SAMPLINGS, Case
 from benchmarks.engines import MODES, EngineMode, LoadSpec
 from benchmarks.measure import Plan, measure_case, warm_up
 from benchmarks.protocol import fresh_prompts
 from benchmarks.record import Record
-from benchmarks.session import Session
+from benchmarks.session import Session, Suite
 from benchmarks.startup import measure_startup
 from benchmarks.target import Target
 from benchmarks.worker import Worker
@@ -105,6 +105,10 @@ def test_prompts_are_fresh_and_the_same_for_every_engine():
     assert max(t for prompt in fresh_prompts(Case(8, 500, 1), 128256, "x") for t in prompt) < 128000
 
 
+def unlimited() -> TimeBudget:
+    return TimeBudget(None, {"x": Item("e", 0.0, 1.0)}, {"e": 1.0}, {}, 3)
+
+
 class Runner:
     """Records what is asked of it; a run takes 1 s a token on a clock of its own."""
 
@@ -120,7 +124,7 @@ class Runner:
 def test_a_case_is_measured_by_turns_on_prompts_never_seen_before():
     runner = Runner()
     plan = Plan(repeats=3, seed=7, full_warmup=False)
-    allowance = TimeBudget(None, {"x": 1.0}, {}).item("x")
+    allowance = unlimited().begin("x")
     warm_up(runner, Case(1, 8, 100), GREEDY, plan)
     assert [length for length, _ in runner.runs] == [32, 1]
     timing = measure_case(runner, Case(1, 8, 100), GREEDY, plan, allowance)
@@ -133,30 +137,45 @@ def test_a_case_is_measured_by_turns_on_prompts_never_seen_before():
 
 def test_a_case_of_one_token_is_its_own_prefill_and_a_full_warm_up_is_full():
     runner = Runner()
-    allowance = TimeBudget(None, {"x": 1.0}, {}).item("x")
+    allowance = unlimited().begin("x")
     timing = measure_case(runner, Case(1, 8, 1), GREEDY, Plan(3, 0, False), allowance)
     assert timing.total == timing.one_token == (1.0,) * 3 and len(runner.runs) == 3
     warm_up(runner, Case(1, 8, 100), GREEDY, Plan(3, 0, full_warmup=True))
     assert [length for length, _ in runner.runs[3:]] == [100, 1]
 
 
-def test_a_time_budget_drops_repetitions_but_never_a_case():
+def test_a_time_budget_drops_repetitions_of_the_longest_cases_and_never_a_case():
     runner = Runner()
-    budget = TimeBudget(60.0, {"short": 10.0, "long": 90.0, "last": 10.0}, {"e": 5.0}, clock=lambda: runner.now)
+    costs = {"long": 40.0, "short": 4.0, "middle": 10.0}
+    items = {key: Item("e", 0.0, cost) for key, cost in costs.items()}
+    # Once each is 54 s and 1 s around them; 25 s more are two of the short and one of the middle.
+    budget = TimeBudget(80.0, items, {"e": 9.0}, {"e": 5.0}, 3, clock=lambda: runner.now)
     budget.loaded("e")
-    plan = Plan(3, 0, False)
-    # 10 of 110 parts of 60 s are 5.5 s: one repetition takes 4.
-    assert len(measure_case(runner, Case(1, 1, 3), GREEDY, plan, budget.item("short")).total) == 1
-    # 90 of 100 parts of the 56 s left: two take 42 each.
-    assert len(measure_case(runner, Case(1, 1, 41), GREEDY, plan, budget.item("long")).total) == 1
-    assert len(measure_case(runner, Case(1, 1, 2), GREEDY, plan, budget.item("last")).total) == 3
-    late = TimeBudget(0.0, {"x": 1.0}, {}, clock=lambda: runner.now)
-    assert len(measure_case(runner, Case(1, 1, 3), GREEDY, plan, late.item("x")).total) == 1
+
+    def repetitions(key: str, seconds: int) -> int:
+        runner.now += ITEM_SECONDS if key != "long" else 0.0
+        return len(measure_case(runner, Case(1, 1, seconds - 1), GREEDY, Plan(3, 0, False), budget.begin(key)).total)
+
+    assert [repetitions("long", 40), repetitions("short", 4), repetitions("middle", 10)] == [1, 3, 2]
+    assert runner.now <= 80.0
+    late = TimeBudget(0.0, items, {"e": 1.0}, {}, 3, clock=lambda: runner.now)
+    assert len(measure_case(runner, Case(1, 1, 3), GREEDY, Plan(3, 0, False), late.begin("short")).total) == 1
 
 
-def test_a_time_budget_sets_aside_what_other_engines_need_to_start():
-    budget = TimeBudget(100.0, {"a": 1.0, "b": 1.0}, {"next": 40.0}, clock=lambda: 0.0)
-    assert budget.item("a").affords(30) and not budget.item("b").affords(61)
+def test_a_time_budget_sets_aside_what_other_engines_need():
+    items = {"a": Item("one", 0.0, 10.0), "b": Item("two", 5.0, 10.0)}
+
+    def budget(seconds: float) -> TimeBudget:
+        return TimeBudget(seconds, items, {"one": 1.0, "two": 2.0}, {"two": 40.0}, 3, clock=lambda: 0.0)
+
+    # The first took three times what was expected, so the second is expected to: its set-up and two repetitions take
+    # 6 s a unit, its start 40 s.
+    needed = 30.0 + 40.0 + (5.0 + 2 * 10.0) * 6.0 + ITEM_SECONDS
+    assert budget(needed).begin("a").another(30.0) and not budget(needed - 1.0).begin("a").another(30.0)
+    # Once it is known what the second one takes, that counts.
+    known = budget(100.0)
+    known.loaded("two")
+    assert known.begin("b").another(1.0) and known.begin("a").another(90.0)
 
 
 @pytest.fixture
@@ -168,8 +187,8 @@ def make_session(tmp_path, monkeypatch):
         monkeypatch.setattr(record_module, "MODES", {mode.name: mode for mode in modes})
         target = Target.from_shape("tiny", "auto", tmp_path / "shape")
         record = replace(make_record({}, shape="tiny"), suite="scenarios")
-        path = tmp_path / "r.json"
-        return Session(target, modes, (SMALL, LARGE), (GREEDY,), record, timeout=60, json_path=path, **changes)
+        suite = Suite(record, (SMALL, LARGE), (GREEDY,), tmp_path / "r.json")
+        return Session(target, modes, [suite], timeout=60, **changes)
 
     return make
 
@@ -183,7 +202,7 @@ def test_failures_stay_alone_and_every_case_is_written_at_once(make_session, tmp
         on_disk.append(len(json.loads(path.read_text())["measurements"]) if path.exists() else 0)
 
     session.events.measured = measured
-    record = session.run()
+    (record,) = session.run()
     assert on_disk == [0, 1, 2, 3]  # each case finds those before it
     found = {m.key[:2]: m.error for m in record.measurements}
     assert found["one", SMALL] == "MemoryError: out of memory" and found["one", LARGE] is None
@@ -197,19 +216,37 @@ def test_failures_stay_alone_and_every_case_is_written_at_once(make_session, tmp
 
 def test_an_engine_that_does_not_start_fails_in_every_case_and_the_next_one_runs(make_session, monkeypatch):
     monkeypatch.setattr(Session, "start_worker", lambda self, mode: InProcessClient(mode))
-    record = make_session({"refused": {"refuse": True}, "good": {}}).run()
+    (record,) = make_session({"refused": {"refuse": True}, "good": {}}).run()
     errors = [m.error for m in record.measurements]
     assert errors == ["the engine did not start: RuntimeError: no such\nluck"] * 2 + [None] * 2
 
 
 def test_a_run_out_of_time_says_what_it_dropped(make_session, monkeypatch):
     monkeypatch.setattr(Session, "start_worker", lambda self, mode: InProcessClient(mode))
-    record = make_session({"slow": {}}, time_budget=0.0).run()
-    assert record.notes == [
+    session, said = make_session({"slow": {}}, time_budget=0.0), []
+    session.events.note = said.append
+    (record,) = session.run()
+    assert said == [
         "time budget: slow ran 1 x 4/8 (greedy) 1 of 3 times",
         "time budget: slow ran 2 x 4/8 (greedy) 1 of 3 times",
     ]
+    assert record.notes == ["time budget (slow): repetitions of long cases were dropped, and the figures say which"]
     assert all(m.metrics for m in record.measurements)
+
+
+def test_suites_share_one_start_and_an_engine_may_be_spared_the_long_cases(make_session, monkeypatch, tmp_path):
+    monkeypatch.setattr(Session, "start_worker", lambda self, mode: starts.append(mode.name) or InProcessClient(mode))
+    starts: list[str] = []
+    session = make_session({"one": {}, "two": {}}, longest={"two": 8}, repeats=1)
+    long = Suite(
+        replace(make_record({}, shape="tiny"), suite="scenarios", measurements=[], notes=[]), (CASE,), (MISSION,)
+    )
+    session.suites.append(long)
+    first, second = session.run()
+    assert starts == ["one", "two"]
+    assert [m.key for m in second.measurements] == [("one", CASE, "mission")] and second.notes == []
+    assert {m.engine for m in first.measurements} == set(first.engines) == {"one", "two"}
+    assert set(second.engines) == {"one"}
 
 
 def test_the_next_engine_waits_until_the_last_one_has_given_its_memory_back(monkeypatch):

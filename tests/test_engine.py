@@ -141,8 +141,8 @@ def test_finishing_and_aborting_free_the_rows(model: Transformer) -> None:
     """What is stopped from outside leaves no trace in the sequences that take its rows over."""
     prompts = prompts_of((30, 31, 32))
     expected = run(model, [make_sequence(2, prompts[2])], 1)
-    engine = Engine(model, torch.device("cpu"), torch.float32, 2048)
-    engine.prepare(1, 128, 4)
+    engine = Engine(model, torch.device("cpu"), torch.float32)
+    engine.prepare(1, 128, 4, 2048)
     first, second, third = (make_sequence(i, p) for i, p in enumerate(prompts))
     engine.add([first, second, third])
     for _ in range(5):
@@ -155,7 +155,7 @@ def test_finishing_and_aborting_free_the_rows(model: Transformer) -> None:
     assert (second.finish_reason, second.output_ids) == ("abort", [])
     assert [third.output_ids] == expected
 
-    engine.prepare(1, 128, 4)
+    engine.prepare(1, 128, 4, 2048)
     engine.add([make_sequence(0, prompts[0])])
     engine.step()
     engine.abort_all()
@@ -165,3 +165,22 @@ def test_finishing_and_aborting_free_the_rows(model: Transformer) -> None:
     while engine.has_work:
         engine.step()
     assert [again.output_ids] == expected
+
+
+@pytest.mark.parametrize(
+    ("chunks", "min_tokens", "expected", "reason", "stop_reason"),
+    [
+        ([[1, 2], [3, 4, 5, 6]], 0, [1, 2, 3, 4, 5], "length", None),  # no more than max_tokens
+        ([[1, 9], [3]], 0, [1, 9], "stop", 9),  # nothing after the end
+        ([[1, 8, 9]], 0, [1, 8], "stop", None),  # the model's own stop token is not named
+        ([[9, 1], [9, 8]], 2, [9, 1, 9], "stop", 9),  # none before min_tokens
+        ([[1, 2, 3, 4, 9, 9]], 0, [1, 2, 3, 4, 9], "stop", 9),  # the last token may be the stop token
+    ],
+)
+def test_where_an_answer_ends(
+    chunks: list[list[int]], min_tokens: int, expected: list[int], reason: str, stop_reason: int | None
+) -> None:
+    params = SamplingParams(max_tokens=5, min_tokens=min_tokens, stop_token_ids=[9])
+    sequence = make_sequence(0, [1], params, stop_ids=frozenset({8, 9}))
+    assert [token for chunk in chunks for token in sequence.extend(chunk)] == expected == sequence.output_ids
+    assert (sequence.finish_reason, sequence.stop_reason) == (reason, stop_reason)

@@ -4,6 +4,7 @@ import inspect
 import json
 import pathlib
 import tokenize
+from array import array
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +18,7 @@ from llama3.decode_state import DecodeState
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache
 from llama3.model import Transformer
-from llama3.ops import select
+from llama3.ops import prefill_attention, select
 from llama3.ops.reference import ReferenceOps
 from llama3.prefill_graphs import PrefillGraphs
 from llama3.rope import RopeTable
@@ -49,7 +50,7 @@ def truth() -> Transformer:
     """fp32 on the CPU."""
     config = ModelConfig.from_folder(DEMO_MODEL)
     weights = load_weights(DEMO_MODEL, config, "cpu", torch.float32, progress=False)
-    return Transformer(config, weights, ReferenceOps(), RopeTable.build(config, 1024))
+    return Transformer(config, weights, ReferenceOps(), RopeTable.build(config, 2048))
 
 
 @pytest.fixture(scope="module")
@@ -158,19 +159,26 @@ def test_decode_logits_are_within_the_contract(
         assert_within_contract(whole.logits.cpu().bfloat16(), exact, same)
 
 
+@pytest.mark.parametrize("dense", [False, True], ids=["FlashAttention", "cuDNN"])
 @torch.inference_mode()
-def test_captured_prefills_are_within_the_contract(ours: LLM, truth: Transformer, prompts: list[list[int]]) -> None:
-    """Every size and number of prompts up to what graphs hold, twice, in slots that are not in order, among NaN."""
+def test_captured_prefills_are_within_the_contract(
+    ours: LLM, truth: Transformer, prompts: list[list[int]], dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every size and number of prompts up to what graphs hold, twice, in slots that are not in order, among NaN.
+
+    dense: whether prompts that are alone in their call go through cuDNN.
+    """
+    monkeypatch.setattr(prefill_attention, "DENSE_MIN_FLOPS_AGAIN", 0 if dense else torch.inf)
     model, device = ours.engine.model, ours.device
-    cache = KVCache(ours.config, 8, 1024, torch.bfloat16, device)
+    cache = KVCache(ours.config, 8, 2048, torch.bfloat16, device)
     graphs = PrefillGraphs(model, cache, torch.cuda.graph_pool_handle())
     long = [t for p in prompts for t in p]
-    for lens in ([1], [31], [32], [33], [500], [1024], [1, 1, 1], [64, 1, 63], [100] * 8, [5, 200, 7], [1], [33]):
+    for lens in ([1], [31], [32], [33], [500], [2048], [1, 1, 1], [64, 1, 63], [100] * 8, [5, 200, 7], [1], [33]):
         chosen = [long[17 * i : 17 * i + n] for i, n in enumerate(lens)]
         slots = [(3 * i + 1) % 8 for i in range(len(lens))]
         assert graphs.takes(lens, [0] * len(lens))
         poison(cache)
-        got = graphs.run([t for p in chosen for t in p], slots, lens).clone()
+        got = graphs.run(array("q", [t for p in chosen for t in p]), slots, lens).clone()
         rows = zip(got, slots, chosen, strict=True)
         for logits, slot, prompt in rows:
             exact = last_logits(truth, prompt)
@@ -180,7 +188,7 @@ def test_captured_prefills_are_within_the_contract(ours: LLM, truth: Transformer
                 tokens_of_slot = kv.unflatten(1, (8, -1))[:, slot].transpose(2, 3).flatten(1, 2)
                 assert tokens_of_slot[:, : len(prompt)].isfinite().all()
                 assert tokens_of_slot[:, len(prompt) :].isnan().all()
-    assert not graphs.takes([1025], [0]) and not graphs.takes([1] * 9, [0] * 9) and not graphs.takes([5], [1])
+    assert not graphs.takes([2049], [0]) and not graphs.takes([1] * 9, [0] * 9) and not graphs.takes([5], [1])
 
 
 @pytest.mark.parametrize("params", [GREEDY, MISSION], ids=["greedy", "top-p"])

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llama3
 from llama3 import LLM, SamplingParams, UserError
 from llama3.errors import CapacityError, DeviceError, RequestError, TokenizerError
-from llama3.plan import MemoryPlan
+from llama3.plan import CALL_SIZES, RESERVE_FRACTION, MemoryPlan, activation_bytes
+from llama3.shapes import shape_config
+from tests.engine_helpers import make_sequence
 from tests.model_folders import make_model_folder
 
 DEMO = Path(llama3.__file__).parent.parent / "models" / "demo"
@@ -180,6 +182,8 @@ BAD_PROMPTS = [
     ([], "prompt 1: the prompt has no token ids"),
     ([5, 10**6], "prompt 1: token id 1000000 is outside the vocabulary of 2048"),
     ([5, -1], "prompt 1: token id -1 is outside the vocabulary"),
+    ([5, True], "prompt 1: the prompt must be a string or token ids, but it holds True"),
+    (np.array([5, 2048]), "prompt 1: token id 2048 is outside the vocabulary of 2048"),
     ([5, "x"], "prompt 1: the prompt must be a string or token ids, but it holds 'x'"),
     ([5] * 512, "prompt 1: the prompt has 512 tokens and leaves no room to generate: the limit .* is 512"),
     (7.5, "prompt 1 must be a string or a list of token ids, not float"),
@@ -252,6 +256,35 @@ def test_a_job_that_does_not_fit_is_refused_with_what_would_fit(llm: LLM) -> Non
     for too_much in ((rows + 1, 65536), (64, length + 64)):
         with pytest.raises(CapacityError):
             plan.check(*too_much)
+
+
+def test_prefill_calls_are_as_large_as_memory_allows_beside_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(DEMO, device="cpu", max_model_len=512, max_num_seqs=128, use_tqdm=False) as llm:
+        sizes = CALL_SIZES["cuda"]
+        monkeypatch.setattr(llm, "_call_sizes", sizes)
+        free = {}  # with which 128 rows and calls of a size just fit
+        for size in sizes:
+            needed = MemoryPlan(llm.config, llm.dtype, 0, 0, size).needed(128, 512)
+            free[size] = int(needed / (1 - RESERVE_FRACTION)) + 2
+
+        def budget(num_rows: int, free_bytes: int) -> int:
+            monkeypatch.setattr(llm.engine, "reclaimable_memory", lambda: free_bytes)
+            llm._prepare([make_sequence(i, [5, 6, 7]) for i in range(num_rows)])
+            return llm.engine.scheduler.token_budget
+
+        assert [budget(128, free[size]) for size in sizes] == list(sizes)
+        assert budget(128, free[16384] - 4) == 8192 and budget(128, 2**40) == sizes[0]
+        # The cache stays for a smaller job, so it counts.
+        assert budget(1, free[4096]) == 4096
+        with pytest.raises(CapacityError, match="not enough memory for 128 sequences of 512 tokens"):
+            budget(128, free[2048] - 4)
+
+
+def test_activations_are_counted_at_their_peak() -> None:
+    config = shape_config("1b")  # hidden size 2048, qkv 3072, feed-forward 8192, 32 heads, vocabulary 128256
+    per_token = activation_bytes(config, 1, 0, torch.bfloat16)
+    assert per_token == 2 * (3 * 2048 + 3072 + 4 * 8192) + 24 + 4 * 32
+    assert activation_bytes(config, 32768, 256, torch.bfloat16) == 32768 * per_token + 256 * 128256 * 18
 
 
 def test_a_folder_without_tokenizer_takes_token_ids_only(tmp_path: Path) -> None:

@@ -50,7 +50,12 @@ class Ops(Protocol):
     def sample(self, logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor) -> torch.Tensor: ...
 
     def sample_and_place(
-        self, logits: torch.Tensor, params: SamplingTensors, state: DecodeState, forbid_early_stops: bool
+        self,
+        logits: torch.Tensor,
+        params: SamplingTensors,
+        state: DecodeState,
+        forbid_early_stops: bool,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
     def whole_step(

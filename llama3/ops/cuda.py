@@ -93,9 +93,14 @@ class CudaOps:
         return sampling.sample(logits, params, positions)
 
     def sample_and_place(
-        self, logits: torch.Tensor, params: SamplingTensors, state: DecodeState, forbid_early_stops: bool
+        self,
+        logits: torch.Tensor,
+        params: SamplingTensors,
+        state: DecodeState,
+        forbid_early_stops: bool,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return sampling.sample_and_place(logits, params, state, forbid_early_stops=forbid_early_stops)
+        return sampling.sample_and_place(logits, params, state, out, forbid_early_stops=forbid_early_stops)
 
     def whole_step(
         self, config: ModelConfig, weights: ModelWeights, rope: RopeTable, cache: KVCache, state: DecodeState

@@ -59,11 +59,17 @@ class ReferenceOps:
         return sample_tokens(logits, params, positions)
 
     def sample_and_place(
-        self, logits: torch.Tensor, params: SamplingTensors, state: DecodeState, forbid_early_stops: bool
+        self,
+        logits: torch.Tensor,
+        params: SamplingTensors,
+        state: DecodeState,
+        forbid_early_stops: bool,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The end of a decode step over the state's first B rows: draw the next tokens, int64 [B], and store them.
 
         logits [B, V] follow the tokens at `state.positions`; they may be changed. What an idle row draws is undefined.
+        out: int64 [B], receives the tokens too if given.
         """
         rows = slice(0, logits.shape[0])
         idle = state.positions[rows] < 0
@@ -72,7 +78,7 @@ class ReferenceOps:
             state.forbid_early_stops(logits, rows, positions)
         token_ids = self.sample(logits, params, positions)
         state.place(rows, token_ids, torch.where(idle, IDLE, positions))
-        return token_ids
+        return token_ids if out is None else out.copy_(token_ids)
 
     def whole_step(
         self, config: ModelConfig, weights: ModelWeights, rope: RopeTable, cache: KVCache, state: DecodeState
