@@ -84,6 +84,12 @@ class Record:
         """Cases in the order measured, each once."""
         return list(dict.fromkeys(m.case for m in self.measurements))
 
+    @property
+    def subject(self) -> str:
+        """What was measured where, for titles: "1b on H200"."""
+        names = [word for word in str(self.environment.get("device", "")).split() if word not in ("NVIDIA", "GeForce")]
+        return f"{self.model} on {names[0]}" if names else self.model
+
     def samplings(self) -> list[str]:
         return list(dict.fromkeys(m.sampling for m in self.measurements))
 

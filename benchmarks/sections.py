@@ -46,14 +46,15 @@ def plots(records: list[Record]) -> dict[str, dict]:
 
 
 def plot_name(record: Record, sampling: str) -> str:
-    return f"{record.suite}-{Path(record.model).name}-{sampling}.png".lower()
+    card = record.subject.removeprefix(record.model).replace(" on ", "-")
+    return f"{record.suite}-{Path(record.model).name}{card}-{sampling}.png".lower()
 
 
 def _summary(record: Record) -> str:
     """The tables and the plot of one way of sampling, that of SUMMARY_SAMPLING if it was measured."""
     names = record.samplings()
     sampling = SUMMARY_SAMPLING if SUMMARY_SAMPLING in names else names[0]
-    picture = f"![throughput of {record.model} by engine]({IMAGES}/{plot_name(record, sampling)})"
+    picture = f"![throughput of {record.subject} by engine]({IMAGES}/{plot_name(record, sampling)})"
     return f"{throughput_tables(record, '###', only=sampling).strip()}\n\n{picture}"
 
 
@@ -78,7 +79,7 @@ def _idle(records: list[Record]) -> list[str]:
             idle = found["gpu_idle_fraction"]
             waits = ", ".join(f"{name} {count}" for name, count in found["host_waits"].items()) or "none"
             rows.append([
-                record.model, str(found["batch_size"]), str(found["context_len"]), str(found["steps"]),
+                record.subject, str(found["batch_size"]), str(found["context_len"]), str(found["steps"]),
                 number(found["untraced_us_per_step"], 1), "-" if idle is None else f"{idle:.2%}", waits,
             ])  # fmt: skip
     header = ("model", "batch", "context", "steps traced", "us a step, untraced", "GPU idle", "host waits")
@@ -107,4 +108,4 @@ def _scaled(value: float | None, unit: float) -> float | None:
 
 
 def _titled(record: Record, text: str, suffix: str = "") -> str:
-    return f"#### {record.model}{suffix}\n\n{text}"
+    return f"#### {record.subject}{suffix}\n\n{text}"

@@ -19,7 +19,7 @@ def throughput_tables(record: Record, heading: str = "###", only: str | None = N
         for title, batched in ((BATCHED_TITLE, True), (SINGLE_TITLE, False)):
             cases = [case for case in record.cases() if (case.batch_size > 1) == batched]
             if cases:
-                parts += [f"{heading} {title}: {record.model}, {SAMPLINGS[sampling].title}", ""]
+                parts += [f"{heading} {title}: {record.subject}, {SAMPLINGS[sampling].title}", ""]
                 parts += [_table(record, cases, sampling), ""]
     return "\n".join(parts)
 

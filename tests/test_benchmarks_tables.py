@@ -70,7 +70,7 @@ def test_the_block_of_a_failure_says_why():
 def test_throughput_tables_side_by_side():
     record = records.make_record({"ours": 0.001, "vllm-default": 0.003, "vllm-inprocess": 0.002, "hf-eager": None})
     expected = """\
-### Batched inference: 1b, temperature 0.6, top-p 0.9
+### Batched inference: 1b on H200, temperature 0.6, top-p 0.9
 
 | Batch Size | Input / Output Toks | Custom Throughput | vLLM Throughput | HF Throughput | Custom / vLLM | Custom / HF |
 | ---------- | ------------------- | ----------------- | --------------- | ------------- | ------------- | ----------- |
@@ -94,7 +94,7 @@ def test_throughput_tables_side_by_side():
 def test_throughput_tables_of_each_sampling_and_of_one_engine():
     record = records.make_record({"vllm-default": 0.003}, samplings=("mission", "greedy"))
     text = throughput_tables(record)
-    assert text.count("Batched inference") == 2 and "1b, greedy" in text
+    assert text.count("Batched inference") == 2 and "1b on H200, greedy" in text
     assert "| Batch Size | Input / Output Toks | vLLM Throughput |\n" in text
     assert throughput_tables(record, only="greedy").count("Batched inference") == 1
 

@@ -106,17 +106,17 @@ def test_whole_model_results_with_their_plots(copy: Path) -> None:
     make_record(engines, suite="profile", samplings=("greedy",)).save(copy / "results/model/profile-1b.json")
     assert names(copy, check=False) == [
         *("README.md", "docs/benchmarks.md"),
-        *("docs/images/seed-1b-mission.png", "docs/images/seed-1b-greedy.png"),
+        *("docs/images/seed-1b-h200-mission.png", "docs/images/seed-1b-h200-greedy.png"),
     ]
     readme = (copy / "README.md").read_text()
-    assert "<!-- figures:begin model-summary -->\n\n### Batched inference: 1b, temperature" in readme
+    assert "<!-- figures:begin model-summary -->\n\n### Batched inference: 1b on H200, temperature" in readme
     assert "| 1          | 128, 128            | 934.31            | 467.15          | 2.00x         |" in readme
-    assert "(docs/images/seed-1b-mission.png)" in readme
+    assert "(docs/images/seed-1b-h200-mission.png)" in readme
     page = copy / "docs/benchmarks.md"
     assert "| Custom speedup ratio     |     2.000   |      1.000  |" in page.read_text()
     page.write_text(page.read_text() + "<!-- figures:begin model-summary -->\n<!-- figures:end -->\n")
     assert names(copy, check=False) == ["docs/benchmarks.md"]
-    assert "(images/seed-1b-mission.png)" in page.read_text()
+    assert "(images/seed-1b-h200-mission.png)" in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,8 @@ def test_every_section_of_a_full_set_of_whole_model_results() -> None:
     made = sections([seed, profile, startup])
     assert NOTHING not in made.values()
     assert (
-        "| 1b    | 1     | 192     | 100          | 640.0               | 1.00%    | none       |" in made["model-idle"]
+        "| 1b on H200 | 1     | 192     | 100          | 640.0               | 1.00%    | none       |"
+        in made["model-idle"]
     )
     assert "- time budget: something" in made["model-conditions"] and "787 TFLOP/s" in made["model-conditions"]
     assert set(sections([]).values()) == {NOTHING}
