@@ -53,10 +53,24 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
     }
 }
 
-// ---- cp.async: 16 bytes a thread. The arrival counts as one of the barrier's `count` once this thread's copies have
-// landed.
+// ---- cp.async: 16 or 4 bytes a thread. The arrival counts as one of the barrier's `count` once this thread's copies
+// have landed. Or copies are counted in groups: a wait is over when at most kOpen of the thread's groups are on their
+// way.
 __device__ __forceinline__ void cp_async_16(uint32_t target, const void* source) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_4(uint32_t target, const void* source) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int kOpen>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {

@@ -15,15 +15,17 @@
 
 namespace decode_attn {
 
-constexpr int kPieceBarrier = 1, kTileBarrier = 2;  // of all computing warps, and one of each tile group
+constexpr int kTileBarrier = 1;  // and the next: one of each tile group
 static_assert(SharedLayout::kShare + sizeof(Share) <= SharedLayout::kTileExchange);
 constexpr int kLoadWarp = kComputeWarps, kQueryWarp = kComputeWarps + 1;
 
 // Where things lie in shared memory.
 template <int kHeadDim>
 struct Shared {
+    static constexpr int kSlots = QuerySlot<kHeadDim>::kCount;
     Ring ring;
-    uint32_t slot_barriers;  // full [kQuerySlots], empty [kQuerySlots]
+    uint32_t slot_barriers;  // full [kSlots], empty [kSlots]
+    uint32_t merge_barrier;  // of all computing threads: a piece ends
     QuerySlot<kHeadDim>* slots;
     Share* share;
     TileExchange* tile_exchange;
@@ -33,6 +35,7 @@ struct Shared {
         const uint32_t base = common::shared_address(memory);
         ring = {base + SharedLayout::kRing, base + SharedLayout::kBarriers, stages};
         slot_barriers = base + SharedLayout::kBarriers + 4 * kMaxStages * 8;
+        merge_barrier = base + SharedLayout::kMergeBarrier;
         slots = reinterpret_cast<QuerySlot<kHeadDim>*>(memory + layout.queries);
         share = reinterpret_cast<Share*>(memory + SharedLayout::kShare);
         tile_exchange = reinterpret_cast<TileExchange*>(memory + SharedLayout::kTileExchange);
@@ -78,8 +81,8 @@ __device__ __forceinline__ void compute(const Params& p, const Shared<kHeadDim>&
                 state.o[part][2] = state.o[part][3] = common::Pack<T>::to_float(value[8]);
             }
         }
-        common::mbarrier_arrive(shared.slot_barriers + (kQuerySlots + slot.stage) * 8);
-        slot.advance(1, kQuerySlots);
+        common::mbarrier_arrive(shared.slot_barriers + (shared.kSlots + slot.stage) * 8);
+        slot.advance(1, shared.kSlots);
 
 #pragma unroll 1
         for (; next < index + piece.tiles; next += kTileGroups) {
@@ -107,8 +110,11 @@ __device__ __forceinline__ void compute(const Params& p, const Shared<kHeadDim>&
         index += piece.tiles;
 
         Result result;
-        const int column =
-            merge_groups<kHeadDim>(result, state, shared.group_exchange[turn], kPieceBarrier, warp, lane);
+        const auto sync = [&] {  // no named barrier: racecheck follows those of part of a block only in part
+            common::mbarrier_arrive(shared.merge_barrier);
+            common::mbarrier_wait(shared.merge_barrier, turn);
+        };
+        const int column = merge_groups<kHeadDim>(result, state, shared.group_exchange[turn], sync, warp, lane);
         if (column < 0) continue;
         if (piece.others < 0) {
             publish(result, p, range, column, lane);
@@ -119,8 +125,20 @@ __device__ __forceinline__ void compute(const Params& p, const Shared<kHeadDim>&
     }
 }
 
+// On Hopper, head size 64 leaves registers for a block of the kernel before this one: with programmatic dependent
+// launch the way to the first load is then gone while that kernel's last blocks still work. 128 would spill, and its
+// ring leaves no room; sm_120 would spill.
+template <int kHeadDim>
+constexpr int min_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+    return kHeadDim == 64 ? 2 : 1;
+#else
+    return 1;
+#endif
+}
+
 template <typename T, int kHeadDim, Loader kLoader, bool kFused>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, min_blocks<kHeadDim>())
     decode_attn_kernel(const __grid_constant__ Params p, const __grid_constant__ TensorMaps maps) {
 #if __CUDA_ARCH__ >= 900
     constexpr bool kAvailable = true;
@@ -154,7 +172,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                 const int full = kLoader == Loader::kTma ? 1 : 32;
                 common::mbarrier_init(shared.ring.barriers + i * 8, i % 4 < 2 ? full : kWarpsPerTile);
             }
-            common::mbarrier_init(shared.slot_barriers + warp * 8, warp < kQuerySlots ? 32 : kComputeThreads);
+#pragma unroll 1
+            for (int i = warp; i < 2 * shared.kSlots; i += kComputeWarps)
+                common::mbarrier_init(shared.slot_barriers + i * 8, i < shared.kSlots ? 32 : kComputeThreads);
+            if (warp == 0) common::mbarrier_init(shared.merge_barrier, kComputeThreads);
             common::fence_barrier_init();
         }
         __syncthreads();
@@ -165,10 +186,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         common::wait_for_previous_kernel();
         if (warp == kQueryWarp) {
+            share = *shared.share;
             QueryWarp<T, kHeadDim, kFused>{
-                p,     rows, shared.slots, shared.slot_barriers, shared.slot_barriers + kQuerySlots * 8, *shared.share,
-                range, lane}
-                .run();
+                p, rows, shared.slots, shared.slot_barriers, shared.slot_barriers + shared.kSlots * 8, lane}
+                .run({p, rows, share, range, lane});
         } else {
             compute<T, kHeadDim, kFused>(p, shared, range, warp, lane);
         }

@@ -10,7 +10,6 @@
 #include "common/cuda_check.h"
 #include "decode_attn/ladder.h"
 #include "decode_attn/merge.cuh"
-#include "decode_attn/query.cuh"
 #include "decode_attn/tile_load.cuh"
 
 namespace decode_attn {
@@ -92,6 +91,27 @@ __global__ void naive_kernel(const __grid_constant__ Params p) {
     }
 }
 
+// One head's vector as 16-column fragments: columns 16 i + c and 16 i + 8 + c, c = 2 * (lane % 4). `head` null: zeros.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void load_vector(uint32_t (&b)[kHeadDim / 16][2], const T* head, int lane) {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            b[i][half] =
+                head ? __ldg(reinterpret_cast<const uint32_t*>(head + 16 * i + 8 * half + 2 * (lane & 3))) : 0u;
+        }
+    }
+}
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void load_query(QueryFragments<kHeadDim>& q, const Params& p, int row, int kv_head,
+                                           int lane) {
+    const int head = lane / 4;  // within the group
+    const T* source = static_cast<const T*>(p.q) + row * p.stride_q_row + (kv_head * p.group + head) * p.stride_q_head;
+    load_vector<T, kHeadDim>(q.b, head < p.group ? source : nullptr, lane);
+}
+
 // Grid (num_kv_heads, batch, parts), kComputeThreads threads: kTileGroups tiles at a time, load, wait, compute, wait.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kComputeThreads) tensor_core_kernel(const __grid_constant__ Params p) {
@@ -138,7 +158,7 @@ __global__ void __launch_bounds__(kComputeThreads) tensor_core_kernel(const __gr
         __syncthreads();
     }
     Result result;
-    const int first_column = merge_groups<kHeadDim>(result, state, group_exchange, 1, warp, lane);
+    const int first_column = merge_groups<kHeadDim>(result, state, group_exchange, [] { __syncthreads(); }, warp, lane);
     if (first_column < 0) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -20,7 +20,13 @@ constexpr int kMaxStages = 8;
 constexpr int max_stages(int head_dim) {
     return head_dim == 128 ? 4 : 6;
 }  // measured: 96 to 128 KB in flight
-constexpr int kQuerySlots = 4;                // pieces of work whose queries are ready before their turn
+// Pieces of work whose queries are ready, or asked for, before their turn. A GPU with 100 KB of shared memory has room
+// for no more than four beside two stages of head size 128.
+constexpr int query_slots(int head_dim) {
+    return head_dim == 128 ? 4 : 8;
+}
+constexpr int kMaxQuerySlots = 8;
+constexpr int kQueriesAhead = 4;              // of them, those whose inputs are on their way at a time
 constexpr uint32_t kEmptyWord = 0xFFFFBEEFu;  // a word of a partial that nobody has published yet (merge.cuh)
 constexpr int kStagedRowBytes =
     128;  // a tile lies in shared memory as panels of 64 columns: 64 rows of 128 bytes, swizzled
@@ -73,15 +79,23 @@ struct Piece {
     int others;     // 0: the unit is all here; n > 0: finish it with what the next n ranges publish; -1: publish
 };
 
-// What the query warp hands to the others for one piece.
+// What the query warp hands to the others for one piece; before that, the inputs as they come from memory.
 template <int kHeadDim>
 struct QuerySlot {
-    uint2 fragments[kHeadDim / 16][32];  // Q^T as the tensor cores take it: 16 columns, one pair a lane
-    float new_score[kMaxGroup];          // fused: the scaled score of the new token, and its value
-    uint16_t new_value[kHeadDim];
+    static constexpr int kCount = query_slots(kHeadDim);
+    static constexpr int kRow = kHeadDim + 8;  // so that words of eight heads lie in different banks
+    union {
+        uint16_t q[kMaxGroup * kRow];        // a row a head
+        uint2 fragments[kHeadDim / 16][32];  // Q^T as the tensor cores take it: 16 columns, one pair a lane
+    };
+    uint16_t new_value[kHeadDim];  // fused: of the new token
+    float new_score[kMaxGroup];    // and its scaled score
+    uint16_t new_key[kHeadDim];    // before rotation
+    float cos[kHeadDim / 2], sin[kHeadDim / 2];
     Piece piece;
     int padding[3];
 };
+static_assert(sizeof(QuerySlot<64>) % 16 == 0 && sizeof(QuerySlot<128>) % 16 == 0);
 
 // What the four warps of a tile tell each other.
 struct TileExchange {
@@ -97,8 +111,9 @@ struct GroupExchange {
 
 // Dynamic shared memory: barriers and exchange first, then what depends on the launch.
 struct SharedLayout {
-    static constexpr int kBarriers = 0;
-    static constexpr int kShare = 384;
+    static constexpr int kBarriers = 0;  // of the ring's stages, then of the slots
+    static constexpr int kMergeBarrier = 8 * (4 * kMaxStages + 2 * kMaxQuerySlots);
+    static constexpr int kShare = kMergeBarrier + 8;
     static constexpr int kTileExchange = 512;    // [kTileGroups]
     static constexpr int kGroupExchange = 3072;  // [2]: pieces take turns
     static constexpr int kRing = 12 * 1024;      // a multiple of the swizzle's period
@@ -107,14 +122,13 @@ struct SharedLayout {
     __host__ __device__ static SharedLayout of(int head_dim, int batch, int stages) {
         SharedLayout layout{};
         layout.queries = kRing + stages * 2 * tile_bytes(head_dim);
-        layout.rows =
-            layout.queries + kQuerySlots * int(head_dim == 128 ? sizeof(QuerySlot<128>) : sizeof(QuerySlot<64>));
+        layout.rows = layout.queries +
+                      query_slots(head_dim) * int(head_dim == 128 ? sizeof(QuerySlot<128>) : sizeof(QuerySlot<64>));
         layout.bytes = layout.rows + 4 * (3 * batch + 1);
         return layout;
     }
 };
-static_assert(2 * kQuerySlots == kComputeWarps);  // each initialises one of their barriers
-static_assert(8 * (4 * kMaxStages + 2 * kQuerySlots) <= SharedLayout::kShare);
+static_assert(kQueriesAhead <= query_slots(64) && kQueriesAhead <= query_slots(128));
 static_assert(SharedLayout::kTileExchange + kTileGroups * sizeof(TileExchange) <= SharedLayout::kGroupExchange);
 static_assert(SharedLayout::kGroupExchange + 2 * sizeof(GroupExchange) <= SharedLayout::kRing);
 

@@ -1,6 +1,10 @@
 // The query warp: it walks the block's range piece by piece, ahead of the computing warps, and hands them for each
 // piece what is to be done and the query's fragments. In the fused kernel it rotates them on the way, and appends the
 // new token to the cache where a unit is finished: its score and its value are the state that the unit starts from.
+//
+// Inputs of several pieces are on their way at a time, by cp.async into the slots of the pieces. A trip to memory waits
+// behind all that the loading warp has asked for: one piece after the other, short contexts would wait for queries, not
+// for tiles.
 #pragma once
 #include "decode_attn/merge.cuh"
 #include "decode_attn/schedule.cuh"
@@ -8,16 +12,14 @@
 
 namespace decode_attn {
 
-// One head's vector as 16-column fragments: columns 16 i + c and 16 i + 8 + c, c = 2 * (lane % 4). `head` null: zeros.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void load_vector(uint32_t (&b)[kHeadDim / 16][2], const T* head, int lane) {
+// 16-column fragments of a vector that lies in shared memory: columns 16 i + c and 16 i + 8 + c, c = 2 * (lane % 4).
+template <int kHeadDim>
+__device__ __forceinline__ void read_vector(uint32_t (&b)[kHeadDim / 16][2], const uint16_t* vector, int lane) {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            b[i][half] =
-                head ? __ldg(reinterpret_cast<const uint32_t*>(head + 16 * i + 8 * half + 2 * (lane & 3))) : 0u;
-        }
+        for (int half = 0; half < 2; ++half)
+            b[i][half] = *reinterpret_cast<const uint32_t*>(vector + 16 * i + 8 * half + 2 * (lane & 3));
     }
 }
 
@@ -31,21 +33,13 @@ __device__ __forceinline__ void rotate(uint32_t (&b)[kHeadDim / 16][2], const fl
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int column = 16 * i + 8 * half + 2 * (lane & 3);
-            const float2 c = __ldg(reinterpret_cast<const float2*>(cos + column));
-            const float2 s = __ldg(reinterpret_cast<const float2*>(sin + column));
+            const float2 c = *reinterpret_cast<const float2*>(cos + column);
+            const float2 s = *reinterpret_cast<const float2*>(sin + column);
             const float2 x = common::Pack<T>::to_floats(b[i][half]), y = common::Pack<T>::to_floats(b[i + kHalf][half]);
             b[i][half] = common::Pack<T>::from_floats(x.x * c.x - y.x * s.x, x.y * c.y - y.y * s.y);
             b[i + kHalf][half] = common::Pack<T>::from_floats(y.x * c.x + x.x * s.x, y.y * c.y + x.y * s.y);
         }
     }
-}
-
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void load_query(QueryFragments<kHeadDim>& q, const Params& p, int row, int kv_head,
-                                           int lane) {
-    const int head = lane / 4;  // within the group
-    const T* source = static_cast<const T*>(p.q) + row * p.stride_q_row + (kv_head * p.group + head) * p.stride_q_head;
-    load_vector<T, kHeadDim>(q.b, head < p.group ? source : nullptr, lane);
 }
 
 // Appends the new token of (row, kv_head) to the cache, and returns its scaled scores for the heads 2 * (lane % 4) and
@@ -77,91 +71,158 @@ __device__ __forceinline__ float2 append(const Params& p, const Rows& rows, int 
     return {s[0] * p.scale_log2, s[1] * p.scale_log2};
 }
 
-// Where the query warp is in the slots, and what it needs to fill the next one.
+// The pieces of the block's range in order, then those of rows that have no tile and so belong to no range: row
+// `range`, range + grid, ... In the fused kernel such a row attends to its new token, one piece a kv head; a row that
+// attends to nothing gets zeros at once.
 template <typename T, int kHeadDim, bool kFused>
-struct QueryWarp {
+struct Pieces {
     const Params& p;
     const Rows& rows;
-    QuerySlot<kHeadDim>* slots;
-    uint32_t full, empty;  // barriers of the slots
-    Share share;
+    const Share& share;
     int range, lane;
-    RingCursor cursor{0, 1};  // the first round does not wait
+    Walk walk;
+    int tile, end, empty_row, empty_head = 0;
 
-    // All lanes: waits for the slot, lets `fill` write it, hands it over.
-    template <typename Fill>
-    __device__ __forceinline__ void hand_over(Fill fill) {
-        common::mbarrier_wait(empty + cursor.stage * 8, cursor.phase);
-        fill(slots[cursor.stage]);
-        common::mbarrier_arrive(full + cursor.stage * 8);
-        cursor.advance(1, kQuerySlots);
+    __device__ Pieces(const Params& p, const Rows& rows, const Share& share, int range, int lane)
+        : p(p),
+          rows(rows),
+          share(share),
+          range(range),
+          lane(lane),
+          walk(share.walk),
+          tile(share.begin),
+          end(share.begin + share.tiles),
+          empty_row(range) {}
+
+    __device__ __forceinline__ bool next(Piece& piece) {
+        if (tile < end) {
+            piece = {walk.row, walk.head, min(walk.count - walk.index, end - tile),
+                     rows.tokens[walk.row] - walk.index * kBlockSize, -1};
+            if (walk.index == 0) piece.others = share.split.range_of(tile + walk.count - 1) - range;
+            tile += piece.tiles;
+            if (tile < end) walk.next_unit(rows);
+            return true;
+        }
+        for (; empty_row < p.batch && (!kFused || rows.tokens[empty_row] != 0); empty_row += gridDim.x)
+            if (rows.tokens[empty_row] <= 0) write_zeros<T, kHeadDim>(p, empty_row, lane);
+        if (empty_row >= p.batch) return false;
+        piece = {empty_row, empty_head, 0, 0, 0};
+        if (++empty_head == p.num_kv_heads) empty_row += gridDim.x, empty_head = 0;
+        return true;
+    }
+};
+
+// Where the query warp is in the slots.
+template <typename T, int kHeadDim, bool kFused>
+struct QueryWarp {
+    using Slot = QuerySlot<kHeadDim>;
+    const Params& p;
+    const Rows& rows;
+    Slot* slots;
+    uint32_t full, empty;  // barriers of the slots
+    int lane;
+    RingCursor asked{0, 1}, made{0};  // the first round does not wait
+
+    // Asks for 2 * kHeadDim bytes.
+    __device__ __forceinline__ void ask_for(void* target, const void* source) const {
+#pragma unroll
+        for (int word = lane; word < kHeadDim / 2; word += 32)
+            common::cp_async_4(common::shared_address(target) + 4 * word, static_cast<const uint32_t*>(source) + word);
     }
 
-    // `last_tile`: of a unit whose first tile is in the piece, in the list of all tiles; -1: none.
-    __device__ __forceinline__ void prepare(Piece piece, int last_tile) {
-        const int row = piece.row, head = piece.head;
-        QueryFragments<kHeadDim> q;
-        load_query<T, kHeadDim>(q, p, row, head, lane);
-        float2 new_score = {0.0f, 0.0f};
-        uint32_t v[kHeadDim / 64];
+    // Waits for the next slot and asks for the inputs of the piece.
+    __device__ __forceinline__ void ask(const Piece& piece) {
+        common::mbarrier_wait(empty + asked.stage * 8, asked.phase);
+        Slot& slot = slots[asked.stage];
+        asked.advance(1, Slot::kCount);
+        slot.piece = piece;
+        const T* row = static_cast<const T*>(p.q) + piece.row * p.stride_q_row;
+        const T* q = row + piece.head * p.group * p.stride_q_head;
+#pragma unroll 1
+        for (int head = 0; head < p.group; ++head, q += p.stride_q_head) ask_for(slot.q + head * Slot::kRow, q);
         if constexpr (kFused) {
-            const int position = rows.tokens[row];
-            const float *cos = p.cos + int64_t(position) * (kHeadDim / 2),
-                        *sin = p.sin + int64_t(position) * (kHeadDim / 2);
-            const T* k_new =
-                static_cast<const T*>(p.q) + row * p.stride_q_row + (p.num_kv_heads * p.group + head) * kHeadDim;
-            uint32_t k[kHeadDim / 16][2];
-            load_vector<T, kHeadDim>(k, k_new, lane);
-#pragma unroll
-            for (int i = 0; i < kHeadDim / 64; ++i)
-                v[i] = __ldg(reinterpret_cast<const uint32_t*>(k_new + p.num_kv_heads * kHeadDim) + 32 * i + lane);
-            rotate<T, kHeadDim>(q.b, cos, sin, lane);
-            if (piece.others >= 0) {
-                rotate<T, kHeadDim>(k, cos, sin, lane);
-                new_score = append<T, kHeadDim>(p, rows, row, head, position, q, k, v, lane);
-            }
+            const int64_t angles = int64_t(rows.tokens[piece.row]) * (kHeadDim / 2);
+            const T* k = row + (p.num_kv_heads * p.group + piece.head) * kHeadDim;
+            ask_for(slot.new_key, k);
+            ask_for(slot.new_value, k + p.num_kv_heads * kHeadDim);
+            ask_for(slot.cos, p.cos + angles);
+            ask_for(slot.sin, p.sin + angles);
         }
-        if (last_tile >= 0) piece.others = share.split.range_of(last_tile) - range;
-        hand_over([&](QuerySlot<kHeadDim>& slot) {
+        common::cp_async_commit();
+    }
+
+    // Makes of the oldest inputs what the computing warps take, once they are there: `younger` others may not be.
+    __device__ __forceinline__ void make(int younger) {
+        static_assert(kQueriesAhead == 4);
+        switch (younger) {
+            case 0:
+                common::cp_async_wait<0>();
+                break;
+            case 1:
+                common::cp_async_wait<1>();
+                break;
+            case 2:
+                common::cp_async_wait<2>();
+                break;
+            default:
+                common::cp_async_wait<3>();
+        }
+        __syncwarp();
+        Slot& slot = slots[made.stage];
+        QueryFragments<kHeadDim> q;
+        read_vector<kHeadDim>(q.b, slot.q + lane / 4 * Slot::kRow, lane);
+        const bool exists = lane / 4 < p.group;
 #pragma unroll
-            for (int i = 0; i < kHeadDim / 16; ++i) slot.fragments[i][lane] = {q.b[i][0], q.b[i][1]};
-            if constexpr (kFused) {
-                if (lane < 4) *reinterpret_cast<float2*>(&slot.new_score[2 * lane]) = new_score;
+        for (int i = 0; i < kHeadDim / 16; ++i) {
+#pragma unroll
+            for (uint32_t& word : q.b[i]) word = exists ? word : 0u;
+        }
+        if constexpr (kFused) {
+            rotate<T, kHeadDim>(q.b, slot.cos, slot.sin, lane);
+            const Piece piece = slot.piece;
+            if (piece.others >= 0) {
+                uint32_t k[kHeadDim / 16][2], v[kHeadDim / 64];
+                read_vector<kHeadDim>(k, slot.new_key, lane);
+                rotate<T, kHeadDim>(k, slot.cos, slot.sin, lane);
 #pragma unroll
                 for (int i = 0; i < kHeadDim / 64; ++i)
-                    reinterpret_cast<uint32_t*>(slot.new_value)[32 * i + lane] = v[i];
+                    v[i] = reinterpret_cast<const uint32_t*>(slot.new_value)[32 * i + lane];
+                const float2 score =
+                    append<T, kHeadDim>(p, rows, piece.row, piece.head, rows.tokens[piece.row], q, k, v, lane);
+                if (lane < 4) *reinterpret_cast<float2*>(&slot.new_score[2 * lane]) = score;
             }
-            slot.piece = piece;
-        });
+        }
+        __syncwarp();  // the fragments take the place of q
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 16; ++i) slot.fragments[i][lane] = {q.b[i][0], q.b[i][1]};
+        hand_over();
     }
 
-    // All pieces of the range, then what this block does for rows that have no tile and so belong to no range: row
-    // `range`, range + grid, ...
-    __device__ __forceinline__ void run() {
-        const int end = share.begin + share.tiles;
-        int tile = share.begin, empty_row = range, empty_head = 0;
-        Walk walk = share.walk;
+    // All lanes.
+    __device__ __forceinline__ void hand_over() {
+        common::mbarrier_arrive(full + made.stage * 8);
+        made.advance(1, Slot::kCount);
+    }
+
+    __device__ __forceinline__ void run(Pieces<T, kHeadDim, kFused> pieces) {
+        int on_their_way = 0;
+        Piece piece;
 #pragma unroll 1
-        while (true) {
-            Piece next;
-            int last_tile = -1;
-            if (tile < end) {
-                const bool finishes = walk.index == 0;
-                next = {walk.row, walk.head, min(walk.count - walk.index, end - tile),
-                        rows.tokens[walk.row] - walk.index * kBlockSize, finishes ? 0 : -1};
-                if (finishes) last_tile = tile + walk.count - 1;
-                tile += next.tiles;
-                if (tile < end) walk.next_unit(rows);
+        for (bool more = true;;) {
+            if (more && on_their_way < kQueriesAhead) {
+                more = pieces.next(piece);
+                if (!more) continue;
+                ask(piece);
+                ++on_their_way;
+            } else if (on_their_way > 0) {
+                make(--on_their_way);
             } else {
-                for (; empty_row < p.batch && (!kFused || rows.tokens[empty_row] != 0); empty_row += gridDim.x)
-                    if (rows.tokens[empty_row] <= 0) write_zeros<T, kHeadDim>(p, empty_row, lane);
-                if (empty_row >= p.batch) break;
-                next = {empty_row, empty_head, 0, 0, 0};
-                if (++empty_head == p.num_kv_heads) empty_row += gridDim.x, empty_head = 0;
+                break;
             }
-            prepare(next, last_tile);
         }
-        hand_over([&](QuerySlot<kHeadDim>& slot) { slot.piece.tiles = -1; });
+        common::mbarrier_wait(empty + asked.stage * 8, asked.phase);
+        slots[asked.stage].piece.tiles = -1;
+        hand_over();
     }
 };
 

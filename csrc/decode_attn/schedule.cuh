@@ -28,7 +28,7 @@ struct Rows {
 
     // One warp reads the lengths and sums them up; returns the total. Rows of negative length count as empty here.
     __device__ __forceinline__ int fill(const Params& p, int lane) {
-        return batch <= 32 ? fill_by<1>(p, lane) : fill_by<8>(p, lane);
+        return batch <= 32 ? fill_by<1>(p, lane) : batch <= 64 ? fill_by<2>(p, lane) : fill_by<8>(p, lane);
     }
 
     // Takes 32 kAtOnce rows a trip to memory.

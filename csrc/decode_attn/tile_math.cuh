@@ -181,10 +181,11 @@ struct Result {
 };
 
 // The two tile groups give each other half of their columns, or, where a warp has but 16, the second group gives the
-// first one all. All computing warps take part. Returns the first of the 16 columns that `result` is for; -1: none.
-template <int kHeadDim>
+// first one all. All computing warps take part; `sync` is their barrier. Returns the first of the 16 columns that
+// `result` is for; -1: none.
+template <int kHeadDim, typename Sync>
 __device__ __forceinline__ int merge_groups(Result& result, const GroupState<kHeadDim>& state, GroupExchange& exchange,
-                                            int barrier, int warp, int lane) {
+                                            Sync sync, int warp, int lane) {
     constexpr bool kSwap = kHeadDim == 128;
     const int group = warp / kWarpsPerTile;
     const auto part = [&](bool second) {
@@ -194,7 +195,7 @@ __device__ __forceinline__ int merge_groups(Result& result, const GroupState<kHe
     if (kSwap || group == 1) exchange.o[warp][lane] = part(group == 0);
     if (warp % kWarpsPerTile == 0 && lane < 4)
         exchange.state[group][lane] = {state.max[0], state.sum[0], state.max[1], state.sum[1]};
-    common::named_sync(barrier, kComputeThreads);
+    sync();
     if (!kSwap && group == 1) return -1;
     const float4 mine = part(group == 1);
     result = {{state.max[0], state.max[1]}, {state.sum[0], state.sum[1]}, {mine.x, mine.y, mine.z, mine.w}};
