@@ -79,7 +79,7 @@ def test_throughput_tables_side_by_side():
 | 16         | 2048, 128           | 14948.91          | 7474.45         | failed        | 2.00x         | -           |
 | 16         | 2048, 2048          | 15930.00          | 7965.00         | failed        | 2.00x         | -           |
 
-### Single user inference: 1b, temperature 0.6, top-p 0.9
+### Single user inference: 1b on H200, temperature 0.6, top-p 0.9
 
 | Batch Size | Input / Output Toks | Custom Throughput | vLLM Throughput | HF Throughput | Custom / vLLM | Custom / HF |
 | ---------- | ------------------- | ----------------- | --------------- | ------------- | ------------- | ----------- |
