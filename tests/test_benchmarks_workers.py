@@ -78,7 +78,7 @@ def test_a_worker_that_ends_or_hangs_is_given_up(spec):
         worker.load(replace(spec, options={"die_batch": 2}))
         with pytest.raises(WorkerDied, match=r"fake: the worker ended \(exit code 7\)"):
             worker.run(CASE, 16, GREEDY, "a")
-    with WorkerClient(FAKE, timeout=5) as worker:
+    with WorkerClient(FAKE, timeout=60) as worker:
         worker.load(replace(spec, options={"hang_batch": 2}))
         worker._timeout = 0.2
         with pytest.raises(WorkerDied, match=r"no answer within 0\.2 s"):
