@@ -18,6 +18,7 @@ class PrefillBatch:
 
     slots, positions: int64 [T], of each token. seq_starts: int32 [B + 1], where each sequence's tokens begin.
     seq_slots, seq_lens, past_lens: B host integers: its slot, its new tokens, its tokens already in the cache.
+    comes_again: calls of the same lengths follow, so that preparing for them pays.
     """
 
     slots: torch.Tensor
@@ -26,6 +27,7 @@ class PrefillBatch:
     seq_slots: tuple[int, ...]
     seq_lens: tuple[int, ...]
     past_lens: tuple[int, ...]
+    comes_again: bool = False
 
     @classmethod
     def build(

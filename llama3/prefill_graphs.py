@@ -75,7 +75,8 @@ class PrefillGraphs:
         else:
             # One more sequence than there may be: the padding. The lengths on the host are bounds, and unequal.
             lens = (num_tokens, *[0] * num_seqs)
-        batch = PrefillBatch(slots, positions, starts.contiguous(), (0,) * len(lens), lens, (0,) * len(lens))
+        host_lens = ((0,) * len(lens), lens, (0,) * len(lens))
+        batch = PrefillBatch(slots, positions, starts.contiguous(), *host_lens, comes_again=True)
         return self.model.logits(self.model.forward(token_ids, batch, self.cache, wanted=ends[1:-1] - 1))
 
 

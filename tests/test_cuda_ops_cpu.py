@@ -175,13 +175,16 @@ def test_cudnn_gets_the_large_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill_attention, "attend_dense", lambda *_: "cuDNN")
     monkeypatch.setattr(prefill_attention, "attend_packed", lambda *_: "FlashAttention")
 
-    def library(*lengths: int) -> str:
-        plan = PrefillPlan.of(PrefillBatch.build(range(len(lengths)), lengths, [0] * len(lengths), "cpu"))
+    def library(*lengths: int, comes_again: bool = False) -> str:
+        batch = PrefillBatch.build(range(len(lengths)), lengths, [0] * len(lengths), "cpu")
+        plan = PrefillPlan.of(replace(batch, comes_again=comes_again))
         q = torch.empty(sum(lengths), 32, 64, device="meta")
         return prefill_attention.attend(q, q, q, cache_of(), plan)  # type: ignore[return-value]
 
     assert library(*[2048] * 8) == library(16384) == "cuDNN"
     assert library(128) == library(2048) == library(*[2048] * 7, 2047) == "FlashAttention"
+    assert library(2048, comes_again=True) == library(1536, comes_again=True) == "cuDNN"
+    assert library(1280, comes_again=True) == library(2000, 48, comes_again=True) == "FlashAttention"
 
 
 # ---- the search for algorithms

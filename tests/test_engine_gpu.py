@@ -18,7 +18,7 @@ from llama3.decode_state import DecodeState
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache
 from llama3.model import Transformer
-from llama3.ops import select
+from llama3.ops import prefill_attention, select
 from llama3.ops.reference import ReferenceOps
 from llama3.prefill_graphs import PrefillGraphs
 from llama3.rope import RopeTable
@@ -159,9 +159,16 @@ def test_decode_logits_are_within_the_contract(
         assert_within_contract(whole.logits.cpu().bfloat16(), exact, same)
 
 
+@pytest.mark.parametrize("dense", [False, True], ids=["FlashAttention", "cuDNN"])
 @torch.inference_mode()
-def test_captured_prefills_are_within_the_contract(ours: LLM, truth: Transformer, prompts: list[list[int]]) -> None:
-    """Every size and number of prompts up to what graphs hold, twice, in slots that are not in order, among NaN."""
+def test_captured_prefills_are_within_the_contract(
+    ours: LLM, truth: Transformer, prompts: list[list[int]], dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every size and number of prompts up to what graphs hold, twice, in slots that are not in order, among NaN.
+
+    dense: whether prompts that are alone in their call go through cuDNN.
+    """
+    monkeypatch.setattr(prefill_attention, "DENSE_MIN_FLOPS_AGAIN", 0 if dense else torch.inf)
     model, device = ours.engine.model, ours.device
     cache = KVCache(ours.config, 8, 2048, torch.bfloat16, device)
     graphs = PrefillGraphs(model, cache, torch.cuda.graph_pool_handle())
