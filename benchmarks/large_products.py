@@ -44,7 +44,7 @@ def calls(config: ModelConfig, num_tokens: int) -> dict[str, tuple[int, Call, Ca
     def normed() -> torch.Tensor:
         return elementwise.rms_norm(x, norm, eps)
 
-    library = partial(linear.product, allow_large=False)
+    library = partial(linear.product, allow_own=False)
     ways: dict[str, tuple[Call, Call]] = {
         "qkv": (lambda i: library(normed(), weights["qkv"][i]), lambda i: gemm.product(normed(), weights["qkv"][i])),
         "o": (lambda i: library(attn, weights["o"][i], x), lambda i: gemm.product(attn, weights["o"][i], x)),

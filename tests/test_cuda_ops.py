@@ -120,9 +120,9 @@ def test_every_algorithm_is_right(num_tokens: int, dtype: torch.dtype) -> None:
 
 def test_a_search_leaves_results_within_the_contract(ops, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("LLAMA3_KERNEL_CACHE", str(tmp_path))
-    gemm_search.expect_decode(40)
-    x, weight = normal(40, 2048, dtype=torch.bfloat16), normal(3072, 2048, dtype=torch.bfloat16, scale=2048**-0.5)
-    check_contract(ops.linear_add, ReferenceOps().linear_add, x, weight, normal(40, 3072, dtype=torch.bfloat16))
+    gemm_search.expect_decode(140)  # more than the kernels for few tokens take
+    x, weight = normal(140, 2048, dtype=torch.bfloat16), normal(3072, 2048, dtype=torch.bfloat16, scale=2048**-0.5)
+    check_contract(ops.linear_add, ReferenceOps().linear_add, x, weight, normal(140, 3072, dtype=torch.bfloat16))
     assert len(json.loads(gemm_search.cache_path().read_text())) == 1
 
 

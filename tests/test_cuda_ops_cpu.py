@@ -202,7 +202,7 @@ def searches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[FakeProduc
     """A search whose third candidate wins; the list collects what was measured."""
     measured: list[FakeProduct] = []
 
-    def measure(product: FakeProduct, *tensors: torch.Tensor) -> bytes:
+    def measure(product: FakeProduct, *operands: object) -> bytes:
         measured.append(product)
         return product.algorithms(3)[2]
 
@@ -215,8 +215,9 @@ def searches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[FakeProduc
     return measured
 
 
-def ask(product: FakeProduct) -> bytes:
-    return gemm_search.algorithm_for(product, *(torch.zeros(1),) * 3)  # type: ignore[arg-type]
+def ask(product: FakeProduct) -> gemm_search.Algorithm:
+    tensor = torch.zeros(1)
+    return gemm_search.algorithm_for(product, tensor, tensor, None, tensor)  # type: ignore[arg-type]
 
 
 def test_only_decode_batches_are_searched(searches: list[FakeProduct]) -> None:
@@ -243,6 +244,23 @@ def test_searches_are_remembered_on_disk(searches: list[FakeProduct], monkeypatc
     monkeypatch.setattr(gemm_search, "_measured", {})  # another process
     again = FakeProduct(num_tokens=64, name="a")
     assert ask(again) == again.algorithms(3)[2] and len(searches) == 2
+
+
+def test_our_kernel_is_remembered_too(searches: list[FakeProduct], monkeypatch: pytest.MonkeyPatch) -> None:
+    gemm_search.expect_decode(64)
+    monkeypatch.setattr(gemm_search, "measure", lambda *_: gemm_search.OWN)
+    product = FakeProduct(num_tokens=64, name="a")
+    assert ask(product) == gemm_search.OWN
+    monkeypatch.setattr(gemm_search, "_measured", {})  # another process
+    monkeypatch.setattr(gemm_search, "measure", None)
+    assert ask(product) == gemm_search.OWN
+
+
+def test_copies_of_a_weight_are_aligned() -> None:
+    weight = torch.randn(9, 40).to(BF16)
+    copies = gemm_search._copies(weight)
+    assert len(copies) == gemm_search.MAX_COPIES and all(torch.equal(copy, weight) for copy in copies)
+    assert (copies[1].data_ptr() - copies[0].data_ptr()) % cublaslt.ALIGNMENT == 0
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]"])

@@ -1,9 +1,12 @@
 """The large products against the reference ops in fp64, within the numerics contract of the design."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from llama3.ops import gemm
+from llama3.ops import gemm, gemm_search, linear
 from llama3.ops.reference import ReferenceOps
 from tests.numerics import assert_within_contract
 
@@ -85,6 +88,35 @@ def test_nothing_is_written_beyond_the_output() -> None:
     gemm.library().gemm(*pointers, 130, 264, 128, gemm.PLAIN, 0, stream=torch.cuda.current_stream().cuda_stream)
     written = ~storage.isnan()
     assert written[: 130 * 264].all() and not written[130 * 264 :].any()
+
+
+@pytest.mark.parametrize("num_tokens", (130, 256))
+def test_what_a_search_picks_is_right(num_tokens: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also under a graph, and read back from disk."""
+    monkeypatch.setenv("LLAMA3_KERNEL_CACHE", str(tmp_path))
+    for name in ("_decode_batches", "_first", "_measured", "_fused"):
+        monkeypatch.setattr(gemm_search, name, type(getattr(gemm_search, name))())
+    gemm_search.expect_decode(num_tokens)
+    x, norm = normal(num_tokens, 1024, dtype=torch.bfloat16), torch.ones(1024, dtype=torch.bfloat16, device="cuda")
+    gate_up = normal(4096, 1024, dtype=torch.bfloat16, scale=2 * 1024**-0.5)
+    down = normal(1024, 2048, dtype=torch.bfloat16, scale=2048**-0.5)
+    ops = ReferenceOps()
+    mid, plain = linear.norm_swiglu(x, norm, gate_up, 1e-5), ops.norm_swiglu(x, norm, gate_up, 1e-5)
+    assert_within_contract(mid, ops.norm_swiglu(*(t.double() for t in (x, norm, gate_up)), 1e-5), plain)
+    result = linear.linear_add(mid, down, x)
+    exact = mid.double() @ down.double().T + x.double()
+    assert_within_contract(result, exact, ops.linear_add(mid, down, x))
+    assert len(json.loads(gemm_search.cache_path().read_text())) in (2, 3)  # SwiGLU, perhaps its product, down
+    monkeypatch.setattr(gemm_search, "_measured", {})
+    monkeypatch.setattr(gemm_search, "_fused", {})
+    monkeypatch.setattr(gemm_search, "fastest", None)
+    assert torch.equal(linear.linear_add(linear.norm_swiglu(x, norm, gate_up, 1e-5), down, x), result)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = linear.linear_add(linear.norm_swiglu(x, norm, gate_up, 1e-5), down, x)
+    graph.replay()
+    assert torch.equal(replayed, result)
 
 
 def test_replay_in_a_graph_after_other_kernels() -> None:

@@ -45,7 +45,7 @@ __device__ __forceinline__ void send(uint32_t address, uint32_t barrier, float v
                  : "memory");
 }
 
-// Orders this thread's ordinary accesses to shared memory before those of the tensor cores.
+// Orders this thread's ordinary accesses to shared memory before those of the tensor cores and the copy engine.
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -11,6 +11,7 @@
 // tensor cores to itself.
 #pragma once
 #include "common/async.cuh"
+#include "common/cluster.cuh"
 #include "common/mma.cuh"
 #include "gemm/copy.cuh"
 #include "gemm/gemm.h"
@@ -89,22 +90,35 @@ struct Shared {
 template <Epilogue kEpilogue>
 constexpr int kBoxes = kEpilogue == Epilogue::kSwiglu ? 2 : 4;  // of a warpgroup's part of a tile
 
+// Weights are constants: as many as the ring holds are asked for before the previous kernel has ended.
 template <typename Layout>
 __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared<Layout>& s, int rank) {
+    const auto load_weight = [&](int slot, int step, const Tile& tile) {
+        const uint32_t full = s.full + 8 * slot, weight = s.ring + slot * kStageBytes + kXBytes;
+        common::mbarrier_expect(full, kStageBytes);
+        copy_box_to_blocks(weight + rank * (kWeightBytes / kCluster), &maps.weight, full, step * kStageColumns,
+                           tile.row * kTileRows + rank * (kTileRows / kCluster), (1 << kCluster) - 1);
+    };
+    const auto load_x = [&](int slot, int step, const Tile& tile) {
+        copy_box(s.ring + slot * kStageBytes, &maps.x, s.full + 8 * slot, step * kStageColumns,
+                 (tile.token * kCluster + rank) * kTileTokens);
+    };
+    const Tile first = tile_at(t, blockIdx.x / kCluster);
+    const int ahead = min(Layout::kStages, t.steps);
+    for (int step = 0; step < ahead; ++step) load_weight(step, step, first);
     common::wait_for_previous_kernel();
     common::allow_next_kernel();
     Cursor<Layout::kStages> at;
+    for (int step = 0; step < ahead; ++step, at.advance()) load_x(step, step, first);
+    int step = ahead;
     for (int index = blockIdx.x / kCluster; index < t.tiles_tokens * t.tiles_rows; index += gridDim.x / kCluster) {
         const Tile tile = tile_at(t, index);
-        const int token = (tile.token * kCluster + rank) * kTileTokens, row = tile.row * kTileRows;
-        for (int step = 0; step < t.steps; ++step, at.advance()) {
-            const uint32_t full = s.full + 8 * at.slot, x = s.ring + at.slot * kStageBytes, weight = x + kXBytes;
+        for (; step < t.steps; ++step, at.advance()) {
             common::mbarrier_wait(s.empty + 8 * at.slot, at.parity ^ 1);
-            common::mbarrier_expect(full, kStageBytes);
-            copy_box(x, &maps.x, full, step * kStageColumns, token);
-            copy_box_to_blocks(weight + rank * (kWeightBytes / kCluster), &maps.weight, full, step * kStageColumns,
-                               row + rank * (kTileRows / kCluster), (1 << kCluster) - 1);
+            load_weight(at.slot, step, tile);
+            load_x(at.slot, step, tile);
         }
+        step = 0;
     }
 }
 
@@ -190,7 +204,7 @@ __device__ __forceinline__ void stage_tile(const float (&d)[kFragment], const Sh
                 words[i] = finish<T, kEpilogue>(d, (8 * box + 2 * pair + i / 2) * kApart + i % 2 * 2, words[i]);
             stmatrix_x4(address, words);
         }
-        fence_async_proxy();
+        common::fence_async_proxy();
         common::mbarrier_arrive(s.staged + 8 * buffer);
     }
 }
@@ -233,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ uint8_t shared_memory[];
     const auto s = Shared<Layout>::at((common::shared_address(shared_memory) + 1023) / 1024 * 1024);
-    const int rank = cluster_rank();
+    const int rank = common::cluster_rank();
     if (threadIdx.x == 0) {
         for (int i = 0; i < Layout::kStages; ++i) {
             common::mbarrier_init(s.full + 8 * i, 1);
@@ -245,7 +259,8 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
         }
         common::fence_barrier_init();
     }
-    cluster_sync();
+    common::cluster_arrive();
+    common::cluster_wait();
 
     if (threadIdx.x >= kMathGroups * 128) {
         lower_registers<kMoveRegisters>();
@@ -259,7 +274,8 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
         multiply_tiles<T, Layout, kEpilogue>(tiling, s, threadIdx.x / 128);
     }
     __syncwarp();
-    cluster_sync();  // the other block may still send weights and arrivals here
+    common::cluster_arrive();
+    common::cluster_wait();  // the other block may still send weights and arrivals here
 #endif
 }
 

@@ -15,6 +15,7 @@ from llama3.ops.tensor_error import wrong_tensor
 
 PLAIN, RESIDUAL, SWIGLU = range(3)  # the numbers of gemm::Epilogue
 TILE = 256  # tokens and weight rows of a tile of two multiprocessors
+BLOCK_TOKENS = TILE // 2
 MIN_OCCUPANCY = 0.85  # with more of the GPU idle in the last round of tiles, cuBLASLt's smaller tiles win
 
 
@@ -43,15 +44,19 @@ def suits(device: torch.device, num_tokens: int, num_rows: int, size: int) -> bo
     return busy >= MIN_OCCUPANCY
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+def product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """x [T, K] times weight [N, K], plus residual [T, N] if there is one -> [T, N]; summed in fp32, rounded once."""
     _check_operands("product", x, weight, 8)
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    if residual is None:
-        return _launch("product", PLAIN, x, weight, out, None)
-    if residual.shape != out.shape:
+    if out is None:
+        out = x.new_empty(x.shape[0], weight.shape[0])
+    if residual is not None and residual.shape != out.shape:
         raise wrong_tensor("product", "residual", residual, f"contiguous {x.dtype} {list(out.shape)}")
-    return _launch("product", RESIDUAL, x, weight, out, residual)
+    return _launch("product", PLAIN if residual is None else RESIDUAL, x, weight, out, residual)
 
 
 def swiglu(x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
@@ -84,16 +89,8 @@ def _launch(
             raise wrong_tensor(op, name, tensor, f"contiguous {x.dtype}, 16-byte aligned")
         if not runs_on(tensor.device) or tensor.device != x.device:
             raise UserError(f"{op}: {name} is on {tensor.device}; expected a Hopper GPU, the same for every tensor")
-    library().gemm(
-        x.data_ptr(),
-        weight.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        out.data_ptr(),
-        x.shape[0],
-        weight.shape[0],
-        x.shape[1],
-        epilogue,
-        DTYPES[x.dtype],
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
-    )
+    operands = (x.data_ptr(), weight.data_ptr(), 0 if residual is None else residual.data_ptr(), out.data_ptr())
+    sizes = (x.shape[0], weight.shape[0], x.shape[1])
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    library().gemm(*operands, *sizes, epilogue, DTYPES[x.dtype], stream=stream)
     return out

@@ -1,4 +1,5 @@
-"""Which cuBLASLt algorithm runs a product: measured for the batch sizes of decode, and remembered on disk.
+"""What runs a product, an algorithm of cuBLASLt or a kernel of ours: measured for the batch sizes of decode, and
+remembered on disk.
 
 The library's own first choice is up to 15 % slower than its best there (docs/cuda-ops.md). Prompts come in any length,
 and a search takes longer than a prefill, so for them the first choice stands.
@@ -6,21 +7,31 @@ and a search takes longer than a prefill, so for them the first choice stands.
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from llama3.ops import cublaslt
+from llama3.ops import cublaslt, gemm
 from llama3.ops.cublaslt import Product
 
 MAX_TOKENS = 1024  # beyond it the first choice is the best, or close
 CANDIDATES = 8
-REPEATS = 7
-FLUSH_BYTES = 128 << 20  # more than any L2: weights come from memory in a decode step
+FINALISTS = 4  # of a first, short round
+FIRST_REPEATS, REPEATS = 3, 9
+ROTATED_BYTES = 128 << 20  # more than any L2: weights come from memory in a decode step
+MAX_COPIES = 64
+MIN_RUNS = 8  # of a product in a graph
+OWN_VERSION = 1  # of our kernels: another one makes what was measured before obsolete
+OWN = "csrc/gemm"
+
+Algorithm = bytes | str  # cuBLASLt's, opaque, or OWN
+Way = Callable[[torch.Tensor], object]  # to run something with this weight
 
 _decode_batches: set[int] = set()
 _first: dict[Product, bytes] = {}
-_measured: dict[Product, bytes] = {}
+_measured: dict[tuple[Product, bool, bool], Algorithm] = {}
+_fused: dict[Product, bool] = {}
 
 
 def expect_decode(batch_size: int) -> None:
@@ -28,43 +39,146 @@ def expect_decode(batch_size: int) -> None:
     _decode_batches.add(batch_size)
 
 
-def algorithm_for(product: Product, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> bytes:
+def algorithm_for(
+    product: Product,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    allow_own: bool = True,
+) -> Algorithm:
     """The algorithm for `product`: known, or measured now on these tensors (out is overwritten, the host waits), or the
     library's first choice where a search does not pay.
 
     While a graph is being captured nothing can be measured, so run a step once before its capture.
     """
-    if product in _measured:
-        return _measured[product]
-    searched = product.num_tokens in _decode_batches and product.num_tokens <= MAX_TOKENS
-    if not searched or torch.cuda.is_current_stream_capturing():
+    memo = product, residual is not None, allow_own
+    if memo in _measured:
+        return _measured[memo]
+    if not _may_search(product.num_tokens):
         if product not in _first:
             _first[product] = product.algorithms(1)[0]
         return _first[product]
-    key, known = _key(product), _read_cache()
-    if key not in known:
-        measured = measure(product, x, weight, out).hex()
-        known = {**_read_cache(), key: measured}
-        _write_cache(known)
-    _measured[product] = bytes.fromhex(known[key])
-    return _measured[product]
+    key = _key(product) + (", added" if residual is not None else "") + ("" if allow_own else ", cuBLASLt only")
+    known = _read_cache().get(key)
+    if known is None:
+        algorithm = measure(product, x, weight, residual, out, allow_own)
+        _write_cache({**_read_cache(), key: algorithm.hex() if isinstance(algorithm, bytes) else algorithm})
+    else:
+        algorithm = known if known == OWN else bytes.fromhex(known)
+    _measured[memo] = algorithm
+    return algorithm
 
 
-def measure(product: Product, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> bytes:
-    """The fastest of the library's candidates, each timed several times with a cold L2. Waits for the GPU."""
-    candidates = product.algorithms(CANDIDATES)
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=product.device)
-    times: dict[bytes, list[float]] = {candidate: [] for candidate in candidates}
-    for _ in range(REPEATS):
-        for candidate in candidates:
-            flush.zero_()
+def swiglu_is_fused(x: torch.Tensor, gate_up: torch.Tensor, apart: Way) -> bool:
+    """Whether gemm.swiglu is faster than `apart`, a product and SwiGLU one after the other: measured as above, or by
+    what is known of large batches."""
+    num_tokens, num_rows, size = x.shape[0], *gate_up.shape
+    if not gemm.runs_on(x.device) or num_rows % 16 or size % 8:
+        return False
+    product = Product(num_tokens, num_rows, size, x.dtype, x.device)
+    if product not in _fused:
+        if num_tokens <= gemm.BLOCK_TOKENS or not _may_search(num_tokens):
+            return gemm.suits(x.device, num_tokens, num_rows, size)
+        key = f"{_key(product)}, SwiGLU"
+        known = _read_cache().get(key)
+        if known is None:
+            known = ("fused", "apart")[fastest([lambda weight: gemm.swiglu(x, weight), apart], gate_up)]
+            _write_cache({**_read_cache(), key: known})
+        _fused[product] = known == "fused"
+    return _fused[product]
+
+
+def _may_search(num_tokens: int) -> bool:
+    is_decode = num_tokens in _decode_batches and num_tokens <= MAX_TOKENS
+    return is_decode and not torch.cuda.is_current_stream_capturing()
+
+
+def run(
+    product: Product,
+    algorithm: Algorithm,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    if isinstance(algorithm, bytes):
+        product.run(x, weight, residual, out, algorithm)
+    else:
+        gemm.product(x, weight, residual, out)
+
+
+def measure(
+    product: Product,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    allow_own: bool,
+) -> Algorithm:
+    """The fastest of the library's candidates and our kernels. Waits for the GPU."""
+    candidates: list[Algorithm] = list(product.algorithms(CANDIDATES))
+    if (
+        allow_own
+        and product.dtype in gemm.DTYPES
+        and gemm.suits(product.device, product.num_tokens, product.num_rows, product.size)
+    ):
+        candidates.append(OWN)
+
+    def way(candidate: Algorithm) -> Way:
+        return lambda weight: run(product, candidate, x, weight, residual, out)
+
+    return candidates[fastest([way(candidate) for candidate in candidates], weight)]
+
+
+def fastest(ways: Sequence[Way], weight: torch.Tensor) -> int:
+    """Which of them is, where each is run as in a decode step: in a graph, one after the other, with weights that are
+    not in L2. Timed one by one instead, products of a few microseconds are told apart no better than by chance."""
+    weights = _copies(weight)
+    graphs = [_capture(way, weights) for way in ways]
+    times = [_replay_times([graph], FIRST_REPEATS)[0] for graph in graphs]
+    finalists = sorted(range(len(ways)), key=lambda i: times[i])[:FINALISTS]
+    final = _replay_times([graphs[i] for i in finalists], REPEATS)
+    return finalists[final.index(min(final))]
+
+
+def _copies(weight: torch.Tensor) -> list[torch.Tensor]:
+    """Of a weight, together more than L2 holds; itself alone if it is that large."""
+    count = min(-(-ROTATED_BYTES // weight.nbytes), MAX_COPIES)
+    if count == 1:
+        return [weight]
+    elements = cublaslt.ALIGNMENT // weight.element_size()
+    pool = weight.new_empty(count, -(-weight.numel() // elements) * elements)
+    copies = pool[:, : weight.numel()].unflatten(1, weight.shape)
+    copies.copy_(weight)
+    return list(copies)
+
+
+def _capture(way: Way, weights: Sequence[torch.Tensor]) -> torch.cuda.CUDAGraph:
+    way(weights[0])  # what happens once is not captured
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(weights[0].device)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):  # torch.cuda.graph would collect garbage every time
+        graph.capture_begin(capture_error_mode="thread_local")
+        for i in range(max(len(weights), MIN_RUNS)):
+            way(weights[i % len(weights)])
+        graph.capture_end()
+    return graph
+
+
+def _replay_times(graphs: Sequence[torch.cuda.CUDAGraph], repeats: int) -> list[float]:
+    """Medians of their replays, which take turns; the first ones do not count."""
+    times: list[list[float]] = [[] for _ in graphs]
+    for repeat in range(repeats + 1):
+        for graph, found in zip(graphs, times, strict=True):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            product.run(x, weight, None, out, candidate)
+            graph.replay()
             end.record()
             end.synchronize()
-            times[candidate].append(start.elapsed_time(end))
-    return min(candidates, key=lambda candidate: sorted(times[candidate])[REPEATS // 2])
+            if repeat:
+                found.append(start.elapsed_time(end))
+    return [sorted(found)[repeats // 2] for found in times]
 
 
 def cache_path() -> Path:
@@ -75,7 +189,7 @@ def cache_path() -> Path:
 def _key(product: Product) -> str:
     name = torch.cuda.get_device_name(product.device)
     shape = f"{product.num_tokens}x{product.num_rows}x{product.size} {str(product.dtype).removeprefix('torch.')}"
-    return f"{name}, cuBLASLt {cublaslt.version()}: {shape}"
+    return f"{name}, cuBLASLt {cublaslt.version()}, own {OWN_VERSION}: {shape}"
 
 
 def _read_cache() -> dict[str, str]:

@@ -32,9 +32,13 @@ def norm_swiglu(x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tenso
     if one_kernel := _one_kernel(x, gate_up, norm_weight):
         return one_kernel.norm_swiglu(x, norm_weight, gate_up, eps)
     normed = elementwise.rms_norm(x, norm_weight, eps)
-    if gate_up.dim() == 2 and gemm.suits(x.device, x.shape[0], *gate_up.shape):
+
+    def apart(weight: torch.Tensor) -> torch.Tensor:
+        return elementwise.silu_mul(product(normed, weight))
+
+    if gate_up.dim() == 2 and gemm_search.swiglu_is_fused(normed, gate_up, apart):
         return gemm.swiglu(normed, gate_up)
-    return elementwise.silu_mul(product(normed, gate_up))
+    return apart(gate_up)
 
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -55,11 +59,11 @@ def _one_kernel(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> M
 
 
 def product(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None, *, allow_large: bool = True
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None, *, allow_own: bool = True
 ) -> torch.Tensor:
     """x [T, K] times weight [N, K], plus residual [T, N] if there is one -> [T, N].
 
-    allow_large: let csrc/gemm/ run it where that is faster than cuBLASLt.
+    allow_own: let csrc/gemm/ run it where that is faster than cuBLASLt.
     Raises UserError naming the tensor and the shape expected.
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[0] < 1:
@@ -70,12 +74,13 @@ def product(
         _check("residual", residual, x, (num_tokens, num_rows))
         residual = _aligned(residual)
     x, weight = _aligned(x), _aligned(weight)
-    if allow_large and num_tokens >= LARGE_MIN_TOKENS and gemm.suits(x.device, num_tokens, num_rows, size):
+    if allow_own and num_tokens >= LARGE_MIN_TOKENS and gemm.suits(x.device, num_tokens, num_rows, size):
         return gemm.product(x, weight, residual)
     out = x.new_empty(num_tokens, num_rows)
     shape = Product(num_tokens, num_rows, size, x.dtype, x.device)
     shape = _products.setdefault(shape, shape)  # one object a shape: its descriptors are made once
-    shape.run(x, weight, residual, out, gemm_search.algorithm_for(shape, x, weight, out))
+    algorithm = gemm_search.algorithm_for(shape, x, weight, residual, out, allow_own)
+    gemm_search.run(shape, algorithm, x, weight, residual, out)
     return out
 
 
