@@ -17,14 +17,6 @@ __device__ __forceinline__ float slack(float score) {
     return 1e-3f + 1e-6f * fabsf(score);
 }
 
-// values[i] without local memory.
-template <typename V>
-__device__ __forceinline__ V pick(const V (&values)[kChunk], int i) {
-    const V low = i & 2 ? (i & 1 ? values[3] : values[2]) : (i & 1 ? values[1] : values[0]);
-    const V high = i & 2 ? (i & 1 ? values[7] : values[6]) : (i & 1 ? values[5] : values[4]);
-    return i & 4 ? high : low;
-}
-
 // The floats beside x; -0 is 0.
 __device__ __forceinline__ float next_above(float x) {
     return from_ordered(ordered(x + 0.f) + 1);
@@ -81,7 +73,8 @@ struct Contest {
         uint32_t word;
     };
 
-    // For each group of warps: tokens whose perturbed score is sure to be less are worse than one of the group's.
+    // For each group of warps: tokens whose perturbed score is sure to be less are worse than one of the group's. If
+    // only the best token is wanted, all warps are one group.
     uint4 limits;
     uint32_t num_entries;
     uint64_t odd;  // the best of those that did not go to the list: it is full, or scores are not finite
@@ -94,7 +87,8 @@ struct Contest {
 
     // By one thread, as is setting `noise` and `draw`.
     __device__ __forceinline__ void clear() {
-        limits = make_uint4(kNoLimit, kNoLimit, kNoLimit, kNoLimit);
+        const uint32_t others = draw.may_reject ? kNoLimit : ordered(kInfinity);
+        limits = make_uint4(kNoLimit, others, others, others);
         num_entries = 0;
         odd = none();
     }
@@ -106,7 +100,7 @@ struct Contest {
         const float top = ordered_top(enlist(slice));
         if (lane == 0) tops[warp] = top;
         __syncthreads();
-        const float floor = limit(draw.may_reject);
+        const float floor = limit();
         const int count = min(num_entries, kCapacity);
         if (threadIdx.x < count) {
             Entry& entry = entries[threadIdx.x];
@@ -119,12 +113,12 @@ struct Contest {
             float logits[kFinalists + 1];
 #pragma unroll
             for (int i = 0; i < kFinalists; ++i) {
-                uint64_t mine = 0;
+                best[i] = 0, logits[i] = 0.f;
+                if (i > 0 && !draw.may_reject) continue;
+                uint64_t mine = i == 0 ? odd : 0;
                 float x = 0.f;
-                if (i == 0) {
-                    mine = odd;
-                    x = to_float(slice.row[candidate_id(odd)]);
-                }
+                if (i == 0 && odd != none()) x = static_cast<float>(slice.row[candidate_id(odd)]);
+#pragma unroll 1
                 for (int j = lane; j < count; j += 32) {
                     const bool next = i == 0 || entries[j].x > logits[i - 1];
                     if (next && entries[j].candidate > mine) mine = entries[j].candidate, x = entries[j].x;
@@ -153,13 +147,13 @@ struct Contest {
         return from_ordered(__reduce_max_sync(kAllLanes, ordered_for_max(top)));
     }
 
-    // A token whose perturbed score is sure to be less is not among the best, or, without `may_reject`, not the best.
-    __device__ __forceinline__ float limit(bool may_reject) const {
+    // A token whose perturbed score is sure to be less is not among the best.
+    __device__ __forceinline__ float limit() const {
         uint4 of;
         asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(of.x), "=r"(of.y), "=r"(of.z), "=r"(of.w)
                      : "r"(common::shared_address(&limits)));
-        return from_ordered(may_reject ? min(min(of.x, of.y), min(of.z, of.w)) : max(max(of.x, of.y), max(of.z, of.w)));
+        return from_ordered(min(min(of.x, of.y), min(of.z, of.w)));
     }
     // From a lower bound of a perturbed score. Twice: for its own error, and for that of what will be compared with it.
     __device__ __forceinline__ static float limit_of(float at_least) { return at_least - 2 * slack(at_least); }
@@ -168,7 +162,7 @@ struct Contest {
     template <typename T>
     __device__ __forceinline__ float enlist(const Slice<T>& slice) {
         const float inverse = 1.f / draw.temperature, lowest = draw.lowest;
-        const bool may_reject = draw.may_reject;
+        const int my_group = draw.may_reject ? threadIdx.x / 32 % kGroups : 0;
         float top = -kInfinity;
         bool first_visit = true;
         slice.for_each_in_turn([&](const Chunk<T>& chunk, int first) {
@@ -176,7 +170,7 @@ struct Contest {
             const float greatest = chunk.max();
             top = max_nan(top, greatest);
             const bool empty = greatest < lowest;
-            float floor = limit(may_reject);
+            float floor = limit();
             const bool hopeless = empty || fmaf(greatest, inverse, kMostNoise) < floor;
             if (!first_visit && __all_sync(kAllLanes, hopeless)) return;
             uint32_t words[kChunk], least = 0xFFFFFFFFu;
@@ -184,50 +178,53 @@ struct Contest {
 #pragma unroll
             for (const uint32_t word : words) least = min(least, word);
             // The lower the word, the greater its noise: no token here does better than this.
-            const bool hopeful = !empty && !(fmaf(greatest, inverse, gumbel_at_most(least)) < floor);
+            const bool hopeful = !empty & !(fmaf(greatest, inverse, gumbel_at_most(least)) < floor);
             if (!first_visit && !__any_sync(kAllLanes, hopeful)) return;
 
-            float x[kChunk];
+            float x[kChunk], at_most[kChunk];
             chunk.unpack(x);
-            const auto at_most = [&](float x, uint32_t word) {
-                return x < lowest ? -kInfinity : fmaf(x, inverse, gumbel_at_most(word));
-            };
-            float most = -kInfinity, x_most = -kInfinity;
-            uint32_t word_most = 0;
 #pragma unroll
             for (int i = 0; i < kChunk; ++i) {
-                const float its_most = at_most(x[i], words[i]);
-                if (its_most > most) most = its_most, x_most = x[i], word_most = words[i];
+                at_most[i] = x[i] < lowest ? -kInfinity : fmaf(x[i], inverse, gumbel_at_most(words[i]));
             }
             // The lower bound of the most hopeful one raises the limit.
-            const float bound = fmaf(x_most, inverse, gumbel_at_least(word_most));
-            const bool counts = fabsf(bound) < 1e30f && x_most >= draw.threshold;
+            float most = -kInfinity;
+            int which = 0;
+#pragma unroll
+            for (int i = 0; i < kChunk; ++i) {
+                if (at_most[i] > most) most = at_most[i], which = i;
+            }
+            const float best_x = chunk.at(which);
+            const float bound = fmaf(best_x, inverse, gumbel_at_least(pick(words, which)));
+            const bool counts = most > -kInfinity && fabsf(bound) < 1e30f && best_x >= draw.threshold;
             const uint32_t raised = __reduce_max_sync(kAllLanes, ordered(counts ? limit_of(bound) : -kInfinity));
-            if (threadIdx.x % 32 == 0) atomicMax(&limits.x + threadIdx.x / 32 % kGroups, raised);
-            if (first_visit) __syncthreads();  // all warps begin with a good limit
-            first_visit = false;
-            __syncwarp();
-            floor = limit(may_reject);
+            if (threadIdx.x % 32 == 0) atomicMax(&limits.x + my_group, raised);
+            if (first_visit) {  // all warps begin with a good limit
+                __syncthreads();
+                first_visit = false;
+                floor = limit();
+            }
             uint32_t enlisted = 0;  // a bit a token
 #pragma unroll
-            for (int i = 0; i < kChunk; ++i) enlisted |= !(at_most(x[i], words[i]) < floor) ? 1u << i : 0;
+            for (int i = 0; i < kChunk; ++i) enlisted |= !(at_most[i] < floor) ? 1u << i : 0;
+#pragma unroll 1
             while (enlisted) {
                 const int i = __ffs(enlisted) - 1;
                 enlisted &= enlisted - 1;
-                const float its_x = pick(x, i);
-                const uint32_t word = pick(words, i);
-                add(its_x, word, at_most(its_x, word), first + i);
+                add(chunk.at(i), pick(words, i), pick(at_most, i), first + i);
             }
         });
         return top;
     }
     __device__ __forceinline__ void add(float x, uint32_t word, float at_most, uint32_t id) {
-        if (x < draw.lowest) return;
         const uint32_t place = fabsf(at_most) < 1e30f ? atomicAdd(&num_entries, 1u) : kCapacity;
         if (place < kCapacity) {
             entries[place] = {pack_candidate(ordered(at_most), id), x, word};
         } else {
-            atomicMax(reinterpret_cast<unsigned long long*>(&odd), draw.exact(x, word, id));
+            const unsigned long long candidate = draw.exact(x, word, id);
+            if (candidate > *const_cast<volatile uint64_t*>(&odd)) {
+                atomicMax(reinterpret_cast<unsigned long long*>(&odd), candidate);
+            }
         }
     }
 
@@ -258,6 +255,7 @@ struct Contest {
         float last = 0.f;
 #pragma unroll
         for (int i = 0; i < kFinalists; ++i) {
+            if (i > 0 && !draw.may_reject) break;
             uint64_t mine = 0;
             float x = 0.f;
 #pragma unroll

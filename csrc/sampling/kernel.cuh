@@ -83,6 +83,7 @@ __device__ __forceinline__ uint64_t greatest_of(const Slice<T>& slice) {
 
 // What must be known to tell which of the best tokens top-p leaves. Of the logits equal to the last one of top-k, the
 // weight counts as many as top-k keeps.
+template <typename T>
 __device__ __forceinline__ Nucleus::Question question(const Shared& shared, int vocab_size) {
     constexpr float kNoMass = 22.5f;  // e^-22.5 < 2^-32: lower logits weigh nothing
     const Draw& draw = shared.contest.draw;
@@ -100,7 +101,9 @@ __device__ __forceinline__ Nucleus::Question question(const Shared& shared, int 
     }
 #pragma unroll
     for (int i = 0; i < kFinalists; ++i) {
-        ask.bounds[1 + i] = i < best.count ? draw.last_of_score(best.logits[i]) : kInfinity;
+        const float x = best.logits[i];
+        // Only fp32 has neighbours so close that they can have the same score.
+        ask.bounds[1 + i] = i >= best.count ? kInfinity : sizeof(T) > 2 ? draw.last_of_score(x) : x;
     }
     return ask;
 }
@@ -132,7 +135,7 @@ __device__ __forceinline__ uint32_t draw_token(Shared& shared, const RowGroup& g
         contest.hold(group, slice);
         if constexpr (kFilters) {
             if (contest.draw.may_reject && threadIdx.x == 0) {
-                shared.nucleus.ask = question(shared, slice.vocab_size);
+                shared.nucleus.ask = question<T>(shared, slice.vocab_size);
             }
         }
         __syncthreads();
@@ -150,6 +153,7 @@ __device__ __forceinline__ uint32_t draw_token(Shared& shared, const RowGroup& g
 // A stop id that may not be drawn yet becomes -inf, by the block whose slice holds it.
 template <typename T>
 __device__ void forbid_stops(const Params& p, const Slice<T>& slice, int row) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < p.num_stop_ids; i += kThreads) {
         const int64_t id = p.stop_ids[static_cast<int64_t>(row) * p.num_stop_ids + i];
         if (id >= int64_t{slice.begin} * kChunk && id < min(slice.end * kChunk, slice.vocab_size)) {
@@ -165,6 +169,7 @@ __device__ inline void place(const Params& p, int row, int64_t token, int positi
     if (lane == 0) p.out[row] = token;
     if (p.token_ids == nullptr) return;
     bool stops = false;
+#pragma unroll 1
     for (int i = lane; i < p.num_stop_ids; i += 32) {
         stops |= p.stop_ids[static_cast<int64_t>(row) * p.num_stop_ids + i] == token;
     }
@@ -175,14 +180,8 @@ __device__ inline void place(const Params& p, int row, int64_t token, int positi
     }
 }
 
-#if __CUDA_ARCH__ > 900
-constexpr int kBlocksTogether = 1;  // two on a multiprocessor would have too few registers
-#else
-constexpr int kBlocksTogether = 2;
-#endif
-
 template <typename T, Mode kMode>
-__global__ void __launch_bounds__(kThreads, kBlocksTogether) sample(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, 2) sample(const __grid_constant__ Params p) {
     constexpr bool kDraws = kMode != Mode::kGreedy, kFilters = kMode == Mode::kFiltered;
     __shared__ __align__(16) unsigned char memory[kFilters ? sizeof(Shared)
                                                   : kDraws ? offsetof(Shared, nucleus)

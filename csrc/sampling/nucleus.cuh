@@ -61,7 +61,7 @@ struct Nucleus {
 #pragma unroll
         for (int j = 0; j < kSums; ++j) bounds[j] = ask.bounds[j];
         std::conditional_t<kExact, uint64_t, float> mine[kSums] = {};
-        slice.for_each_in_turn([&](const Chunk<T>& chunk, int) {
+        slice.template for_each<sizeof(T) == 2 ? 4 : 1>([&](const Chunk<T>& chunk, int) {
             if (!(chunk.max() > bounds[0])) return;
             float x[kChunk];
             chunk.unpack(x);

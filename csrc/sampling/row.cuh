@@ -19,13 +19,25 @@ __device__ __forceinline__ float max_nan(float a, float b) {
     return result;
 }
 
-template <typename T>
-__device__ __forceinline__ float to_float(T x) {
-    return common::Pack<T>::to_float(x);
+// values[i] without local memory.
+template <typename V, int kCount>
+__device__ __forceinline__ V pick(const V (&values)[kCount], int i) {
+    if constexpr (kCount == 8) {
+        const V low = i & 2 ? (i & 1 ? values[3] : values[2]) : (i & 1 ? values[1] : values[0]);
+        const V high = i & 2 ? (i & 1 ? values[7] : values[6]) : (i & 1 ? values[5] : values[4]);
+        return i & 4 ? high : low;
+    } else {
+        return i & 2 ? (i & 1 ? values[3] : values[2]) : (i & 1 ? values[1] : values[0]);
+    }
 }
-template <>
-__device__ __forceinline__ float to_float(float x) {
-    return x;
+
+// Two neighbours from one register.
+template <typename T>
+__device__ __forceinline__ float2 to_floats(uint32_t pair) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // one operation each
+        return {bits_float(pair << 16), bits_float(pair & 0xFFFF0000u)};
+    }
+    return common::Pack<T>::to_floats(pair);
 }
 
 // 8 neighbours of a row; what lies past the row's end reads as -inf.
@@ -33,34 +45,39 @@ template <typename T>
 struct Chunk {
     uint32_t words[4];
 
+    static constexpr uint32_t kNone = std::is_same_v<T, __half> ? 0xFC00 : 0xFF80;  // -inf
+
     __device__ __forceinline__ void fill() {
-        const float2 none{-kInfinity, -kInfinity};
-        for (uint32_t& word : words) word = common::Pack<T>::from_floats(none.x, none.y);
+        for (uint32_t& word : words) word = kNone << 16 | kNone;
     }
     __device__ __forceinline__ void load_vector(const T* source) {
         const uint4 loaded = *reinterpret_cast<const uint4*>(source);
         words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
     }
     __device__ __forceinline__ void load_some(const T* source, int count) {
+        const uint16_t* bits = reinterpret_cast<const uint16_t*>(source);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float low = 2 * i < count ? to_float(source[2 * i]) : -kInfinity;
-            const float high = 2 * i + 1 < count ? to_float(source[2 * i + 1]) : -kInfinity;
-            words[i] = common::Pack<T>::from_floats(low, high);
+            const uint32_t low = 2 * i < count ? bits[2 * i] : kNone;
+            words[i] = low | (2 * i + 1 < count ? bits[2 * i + 1] : kNone) << 16;
         }
     }
     __device__ __forceinline__ void unpack(float (&x)[kChunk]) const {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float2 pair = common::Pack<T>::to_floats(words[i]);
+            const float2 pair = to_floats<T>(words[i]);
             x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
         }
+    }
+    __device__ __forceinline__ float at(int i) const {
+        const float2 pair = to_floats<T>(pick(words, i / 2));
+        return i % 2 ? pair.y : pair.x;
     }
     __device__ __forceinline__ float max() const {
         using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
         const Pair* pairs = reinterpret_cast<const Pair*>(words);
         const Pair both = __hmax2_nan(__hmax2_nan(pairs[0], pairs[1]), __hmax2_nan(pairs[2], pairs[3]));
-        const float2 last = common::Pack<T>::to_floats(*reinterpret_cast<const uint32_t*>(&both));
+        const float2 last = to_floats<T>(*reinterpret_cast<const uint32_t*>(&both));
         return max_nan(last.x, last.y);
     }
 };
@@ -86,6 +103,7 @@ struct Chunk<float> {
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) x[i] = values[i];
     }
+    __device__ __forceinline__ float at(int i) const { return pick(values, i); }
     __device__ __forceinline__ float max() const {
         float result = values[0];
 #pragma unroll
