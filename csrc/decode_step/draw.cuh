@@ -11,9 +11,8 @@
 // read round n.
 #pragma once
 #include "decode_step/shared_state.cuh"
+#include "sampling/cutoff.cuh"
 #include "sampling/noise.cuh"
-#include "sampling/row_group.cuh"
-#include "sampling/weight.cuh"
 
 namespace decode_step {
 
@@ -131,7 +130,7 @@ __device__ __forceinline__ int draw_token(const Params& p, const Work& head, uin
     if (!(by_mass || by_count || min_p > 0.f) || !(fabsf(__fdiv_rn(top, temperature)) < INFINITY))
         return sampling::candidate_id(all.best);
 
-    const sampling::Weight weight{top, fminf(1.44269504f / temperature, 1e37f)};
+    const sampling::Weight weight{by_mass, top, fminf(1.44269504f / temperature, 1e37f)};
     const float least = min_p > 0.f ? __fdiv_rn(fminf(top + temperature * logf(min_p), top), temperature) : -INFINITY;
     wait_phase(common::shared_address(&shared.head_done), parity);
     for (;;) {
@@ -142,7 +141,7 @@ __device__ __forceinline__ int draw_token(const Params& p, const Work& head, uin
 #pragma unroll 1
         for (int r = warp * 32 + lane; r < head.num_rows; r += kMathThreads) {
             const float its_score = rows.score[r];
-            const uint32_t its_weight = by_mass ? weight.of(rows.logit[r]) : 1;
+            const uint32_t its_weight = weight.of(rows.logit[r]);
             mine.total += its_weight;
             if (!(its_score > score)) continue;
             mine.above += its_weight;

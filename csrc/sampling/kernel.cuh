@@ -1,12 +1,10 @@
 // Drawing one token a row. Grid: (blocks_per_row, batch); the blocks of a row form a cluster and take equal slices of
 // it.
 //
-// A greedy row is one pass over the logits. Any other row is drawn from all tokens first, as if there were no top-p:
-// what wins among them wins among the nucleus too if it lies there, and that needs one more pass. If neither it nor the
-// next best tokens lie there, the same again among those with a greater logit. Top-k and min-p need the greatest logit
-// first, top-k a search. Rows choose for themselves; kMode only leaves code out. If the greatest score is not finite
-// (NaN or infinite logits, a row of -inf) no filter applies: the first NaN is drawn, else the first +inf, else token 0.
-// Never an id outside of the row.
+// A greedy row is one pass over the logits. Any other row: a pass for the greatest logit (if it filters), one or more
+// for the cutoff of top-k and of top-p, and one that draws. Rows choose for themselves; kMode only leaves code out. If
+// the greatest score is not finite (NaN or infinite logits, a row of -inf) no filter applies: the first NaN is drawn,
+// else the first +inf, else token 0. Never an id outside of the row.
 #pragma once
 #include "sampling/cutoff.cuh"
 #include "sampling/draw.cuh"
@@ -50,17 +48,35 @@ struct Rules {
         }
     }
     __device__ int limit(int vocab_size) const { return top_k > 0 && top_k < vocab_size ? static_cast<int>(top_k) : 0; }
-    // Whether a filter begins at the greatest logit.
-    __device__ bool needs_top(int vocab_size) const { return limit(vocab_size) > 0 || min_p > 0.f; }
+    __device__ bool filter(int vocab_size) const { return limit(vocab_size) > 0 || top_p < 1.f || min_p > 0.f; }
+    // Ids and positions in the generator's counter are 32-bit words.
+    __device__ Noise noise(const Noise::Keys& keys, int position) const {
+        return {keys, static_cast<uint32_t>(position), static_cast<uint32_t>(request), static_cast<uint32_t>(sample)};
+    }
+};
+
+// What follows from the rules alone.
+struct Prepared {
+    float mass_scale;      // Weight::scale
+    float reach, no_mass;  // how far below the greatest logit top-p's bins reach, and where a logit weighs nothing
+    float min_p;           // how far below the greatest logit min-p cuts, negative
+
+    __device__ static Prepared of(const Rules& rules, int vocab_size) {
+        // All tokens further than `reach` below have less than 1 - top_p of the mass, or none in the units of Weight.
+        constexpr float kNoMass = 22.5f;  // e^-22.5 < 2^-32
+        const float reach = fminf(logf(vocab_size / (1.f - rules.top_p)) + 0.1f, kNoMass);
+        return {fminf(1.44269504f / rules.temperature, 1e37f), reach * rules.temperature, kNoMass * rules.temperature,
+                rules.temperature * logf(rules.min_p)};
+    }
 };
 
 struct Shared {
-    BestOfRow greatest;
-    int position;  // of the token to draw
-    Rules rules;   // from here on not in the greedy kernel
-    Contest contest;
-    Nucleus nucleus;  // from here on only in the filtering kernels
-    CutoffMemory cutoff;
+    BestOfRow greatest, drawn;
+    Rules rules;
+    Prepared prepared;
+    Noise::Keys noise_keys;
+    uint32_t limit;       // Draw::limit
+    CutoffMemory cutoff;  // last: only the filtering kernels have it
 };
 
 template <typename T>
@@ -81,79 +97,63 @@ __device__ __forceinline__ uint64_t greatest_of(const Slice<T>& slice) {
     return pack_candidate(ordered_for_max(best), id);
 }
 
-// What must be known to tell which of the best tokens top-p leaves. Of the logits equal to the last one of top-k, the
-// weight counts as many as top-k keeps.
+// Sets up the search for what top-k leaves.
 template <typename T>
-__device__ __forceinline__ Nucleus::Question question(const Shared& shared, int vocab_size) {
-    constexpr float kNoMass = 22.5f;  // e^-22.5 < 2^-32: lower logits weigh nothing
-    const Draw& draw = shared.contest.draw;
-    const Finalists& best = shared.contest.result;
-    Nucleus::Question ask;
-    ask.weight = {best.top, fminf(1.44269504f / draw.temperature, 1e37f)};
-    ask.top_p = shared.rules.top_p;
-    ask.bounds[0] = __fsub_rd(best.top, kNoMass * draw.temperature);
-    ask.excess = 0;
-    const int limit = shared.rules.limit(vocab_size);
-    const Search& cutoff = shared.cutoff.search;
-    if (limit > 0 && cutoff.value > -kInfinity) {
-        ask.excess = static_cast<uint64_t>(cutoff.above + cutoff.at - limit) * ask.weight.of(cutoff.value);
-        ask.bounds[0] = fmaxf(ask.bounds[0], next_below(cutoff.value));
-    }
-#pragma unroll
-    for (int i = 0; i < kFinalists; ++i) {
-        const float x = best.logits[i];
-        // Only fp32 has neighbours so close that they can have the same score.
-        ask.bounds[1 + i] = i >= best.count ? kInfinity : sizeof(T) > 2 ? draw.last_of_score(x) : x;
-    }
-    return ask;
+__device__ void begin_top_k(Search& search, float top, int limit) {
+    constexpr float kReach = 12.f;  // nearly always holds the greatest k logits
+    search.weight = {false, top, 0.f};
+    search.floor = -kInfinity;
+    search.start = search.lowest = at_or_below<T>(fmaxf(__fsub_rd(top, kReach), -1e38f));
+    search.target = limit;
+    search.begin<T>();
 }
 
-// Draws a token of a row whose temperature is not 0. `top` is its greatest logit if top-k or min-p apply, and not used
-// otherwise. All threads of the group call it.
-template <bool kFilters, typename T>
-__device__ __forceinline__ uint32_t draw_token(Shared& shared, const RowGroup& group, const Slice<T>& slice,
-                                               float top) {
+// The same for top-p, among the logits from `floor` on. `tied`: logits equal to `floor` that top-k left out, and whose
+// probability therefore does not count.
+template <typename T>
+__device__ void begin_top_p(Search& search, const Prepared& prepared, float top_p, float top, float floor,
+                            uint64_t tied) {
+    const float start = at_or_below<T>(fmaxf(__fsub_rd(top, prepared.reach), -1e38f));
+    search.weight = {true, top, prepared.mass_scale};
+    search.floor = floor;
+    search.lowest = fmaxf(__fsub_rd(top, prepared.no_mass), floor);
+    search.start = fmaxf(start, floor);
+    search.top_p = top_p;
+    search.excess = tied > 0 ? tied * search.weight.of(floor) : 0;
+    search.begin<T>();
+}
+
+// The lowest logit that the row's filters leave, given its greatest; -inf if they leave all.
+template <typename T>
+__device__ __forceinline__ float threshold_of(Shared& shared, const RowGroup& group, const Slice<T>& slice, float top) {
     const Rules& rules = shared.rules;
-    Contest& contest = shared.contest;
-    float threshold = -kInfinity;  // lower logits are not to be drawn
-    if constexpr (kFilters) {
-        if (rules.needs_top(slice.vocab_size) && fabsf(__fdiv_rn(top, rules.temperature)) < kInfinity) {
-            const int limit = rules.limit(slice.vocab_size);
-            if (limit > 0) {
-                shared.cutoff.run(group, slice, top, limit);
-                threshold = shared.cutoff.search.value;
-            }
-            if (rules.min_p > 0.f) {
-                threshold = fmaxf(threshold, fminf(top + rules.temperature * logf(rules.min_p), top));
-            }
-        }
-    }
-    if (threadIdx.x == 0) contest.draw = Draw::of(rules.temperature, threshold, kFilters && rules.top_p < 1.f);
-    for (;;) {
-        if (threadIdx.x == 0) contest.clear();
-        __syncthreads();
-        contest.hold(group, slice);
-        if constexpr (kFilters) {
-            if (contest.draw.may_reject && threadIdx.x == 0) {
-                shared.nucleus.ask = question<T>(shared, slice.vocab_size);
+    Search& search = shared.cutoff.search;
+    const int limit = rules.limit(slice.vocab_size);
+    float threshold = -kInfinity;
+    uint64_t tied = 0;
+#pragma unroll 1
+    for (int filter = 0; filter < 2; ++filter) {
+        if (filter == 0 ? limit == 0 : rules.top_p >= 1.f) continue;
+        if (threadIdx.x == 0) {
+            if (filter == 0) {
+                begin_top_k<T>(search, top, limit);
+            } else {
+                begin_top_p<T>(search, shared.prepared, rules.top_p, top, threshold, tied);
             }
         }
         __syncthreads();
-        const bool stands =
-            !kFilters || !contest.draw.may_reject || !(fabsf(contest.draw.score(contest.result.top)) < kInfinity);
-        if (stands) return contest.result.ids[0];
-        if constexpr (kFilters) {
-            const int outside = shared.nucleus.outside(group, slice), count = contest.result.count;
-            if (outside < count) return contest.result.ids[outside];
-            if (threadIdx.x == 0) contest.draw.lowest = next_above(contest.result.logits[count - 1]);
-        }
+        shared.cutoff.run(group, slice);
+        threshold = fmaxf(threshold, search.value);
+        if (filter == 0) tied = search.value > -kInfinity ? search.above + search.at - limit : 0;
+        __syncthreads();  // before thread 0 sets up the next
     }
+    if (rules.min_p > 0.f) threshold = fmaxf(threshold, top + shared.prepared.min_p);
+    return fminf(threshold, top);
 }
 
 // A stop id that may not be drawn yet becomes -inf, by the block whose slice holds it.
 template <typename T>
 __device__ void forbid_stops(const Params& p, const Slice<T>& slice, int row) {
-#pragma unroll 1
     for (int i = threadIdx.x; i < p.num_stop_ids; i += kThreads) {
         const int64_t id = p.stop_ids[static_cast<int64_t>(row) * p.num_stop_ids + i];
         if (id >= int64_t{slice.begin} * kChunk && id < min(slice.end * kChunk, slice.vocab_size)) {
@@ -169,7 +169,6 @@ __device__ inline void place(const Params& p, int row, int64_t token, int positi
     if (lane == 0) p.out[row] = token;
     if (p.token_ids == nullptr) return;
     bool stops = false;
-#pragma unroll 1
     for (int i = lane; i < p.num_stop_ids; i += 32) {
         stops |= p.stop_ids[static_cast<int64_t>(row) * p.num_stop_ids + i] == token;
     }
@@ -182,58 +181,74 @@ __device__ inline void place(const Params& p, int row, int64_t token, int positi
 
 template <typename T, Mode kMode>
 __global__ void __launch_bounds__(kThreads, 2) sample(const __grid_constant__ Params p) {
-    constexpr bool kDraws = kMode != Mode::kGreedy, kFilters = kMode == Mode::kFiltered;
-    __shared__ __align__(16) unsigned char memory[kFilters ? sizeof(Shared)
-                                                  : kDraws ? offsetof(Shared, nucleus)
-                                                           : offsetof(Shared, rules)];
+    constexpr bool kFilters = kMode == Mode::kFiltered;
+    __shared__ __align__(16) unsigned char memory[kFilters ? sizeof(Shared) : offsetof(Shared, cutoff)];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const RowGroup group = RowGroup::here();
     const int row = blockIdx.y;
     if (threadIdx.x == 0) {
         shared.greatest.init();
-        if constexpr (kDraws) shared.contest.exchange.init();
-        if constexpr (kFilters) shared.nucleus.exchange.init(), shared.cutoff.init();
+        shared.drawn.init();
+        shared.limit = Draw::kNoLimit;
+        if constexpr (kFilters) shared.cutoff.init();
     }
     group.arrive();
-    if constexpr (kFilters) shared.cutoff.clear();
+    if constexpr (kFilters) shared.cutoff.histogram.clear();
     group.meet();
     common::wait_for_previous_kernel();
     common::allow_next_kernel();
 
-    if (kDraws && threadIdx.x < 32) shared.rules.fetch(p, row);
+    if (kMode != Mode::kGreedy && threadIdx.x < 32) shared.rules.fetch(p, row);
 
     const bool places = p.token_ids != nullptr;
     const int position = p.positions[row] + (places ? 1 : 0);
-    if (threadIdx.x == 0) shared.position = position;
     const Slice<T> slice = Slice<T>::of(p, row, group.rank);
     if (p.forbid_early_stops && position < p.first_stop_positions[row] && position > 0) forbid_stops(p, slice, row);
 
-    uint64_t greatest = 0;
-    if constexpr (!kDraws) greatest = greatest_of(slice);
-    if constexpr (kDraws) await_words();
+    uint64_t best = 0;
+    if (kMode != Mode::kUnfiltered) best = greatest_of(slice);
+    if constexpr (kMode != Mode::kGreedy) await_words();
     if (places &&
         position <= 0) {  // an idle row; asked late, so that its position and its logits come at the same time
         if (group.rank == 0 && threadIdx.x == 0) p.out[row] = 0;
         return;
     }
-    uint32_t token;
-    if constexpr (kDraws) {
+    if constexpr (kMode == Mode::kUnfiltered) {
         __syncthreads();
-        const Rules& rules = shared.rules;
-        // Ids and positions in the generator's counter are 32-bit words.
-        if (threadIdx.x == 0) shared.contest.noise.fill(rules.seed, position, rules.request, rules.sample);
-        const bool is_greedy = rules.temperature == 0.f;
-        if (is_greedy || (kFilters && rules.needs_top(p.vocab_size))) {
-            shared.greatest.publish(group, greatest_of(slice));
-            greatest = shared.greatest.collect(group);
-        }
-        token =
-            is_greedy ? candidate_id(greatest) : draw_token<kFilters>(shared, group, slice, candidate_score(greatest));
     } else {
-        shared.greatest.publish(group, greatest);
-        token = candidate_id(shared.greatest.collect(group));
+        shared.greatest.publish(group, best);
     }
-    if (group.rank == 0 && threadIdx.x < 32) place(p, row, token, shared.position);
+    if constexpr (kMode != Mode::kGreedy) {
+        const Rules& rules = shared.rules;
+        // By the second warp: the first one is busy with the candidates.
+        if (threadIdx.x / 32 == 1) {
+            const uint32_t lane = threadIdx.x % 32;
+            if (lane < Noise::kRounds) Noise::fill(shared.noise_keys, rules.seed, lane);
+            if (kFilters && lane == 31) shared.prepared = Prepared::of(rules, p.vocab_size);
+        }
+        __syncthreads();
+    }
+    if constexpr (kMode != Mode::kUnfiltered) best = shared.greatest.collect(group);
+    if constexpr (kMode != Mode::kGreedy) {
+        const Rules& rules = shared.rules;
+        if (rules.temperature != 0.f) {
+            float threshold = -kInfinity;
+            if constexpr (kFilters) {
+                const float top = candidate_score(best);
+                if (rules.filter(p.vocab_size) && fabsf(__fdiv_rn(top, rules.temperature)) < kInfinity) {
+                    threshold = threshold_of(shared, group, slice, top);
+                }
+            }
+            const Draw draw{rules.noise(shared.noise_keys, position), rules.temperature, threshold, shared.limit};
+            best = kFilters ? draw.best_of(slice, candidate_score(best), candidate_id(best)) : draw.best_of(slice);
+            shared.drawn.publish(group, best);
+            best = shared.drawn.collect(group);
+        } else if constexpr (kMode == Mode::kUnfiltered) {
+            shared.greatest.publish(group, greatest_of(slice));
+            best = shared.greatest.collect(group);
+        }
+    }
+    if (group.rank == 0 && threadIdx.x < 32) place(p, row, candidate_id(best), position);
 }
 
 }  // namespace sampling

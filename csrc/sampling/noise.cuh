@@ -6,44 +6,34 @@
 
 namespace sampling {
 
-// Philox4x32-10 (Salmon et al., SC 2011) for one row, in shared memory: what does not depend on the token of the first
-// two rounds, whose counter is (token / 4, position, request, sample), and the keys of the other eight.
+// Philox4x32-10 (Salmon et al., SC 2011) for one row. The keys of its ten rounds lie in shared memory.
 struct Noise {
-    uint4 start, keys[4];  // keys: (low, high) of two rounds
+    static constexpr int kRounds = 10;
+    using Keys = uint4[kRounds / 2];  // (low, high) of two rounds
 
-    // By one thread.
-    __device__ __forceinline__ void fill(int64_t seed, uint32_t position, uint32_t request, uint32_t sample) {
-        uint2 key = make_uint2(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-        const uint64_t first = uint64_t{request} * kMultiplier1;
-        const uint64_t second = uint64_t{static_cast<uint32_t>(first >> 32) ^ position ^ key.x} * kMultiplier0;
-        start.x = sample ^ key.y;
-        key = next(key);
-        start.y = static_cast<uint32_t>(first) ^ key.x;
-        start.z = static_cast<uint32_t>(second >> 32) ^ key.y;
-        start.w = static_cast<uint32_t>(second);
-#pragma unroll
-        for (uint4& pair : keys) {
-            const uint2 even = next(key);
-            key = next(even);
-            pair = make_uint4(even.x, even.y, key.x, key.y);
-        }
+    const Keys& keys;
+    uint32_t position, request, sample;
+
+    // By kRounds threads, numbered by `round`.
+    __device__ __forceinline__ static void fill(Keys& keys, int64_t seed, uint32_t round) {
+        uint32_t* words = &keys[0].x + 2 * round;
+        words[0] = static_cast<uint32_t>(seed) + round * 0x9E3779B9u;
+        words[1] = static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u;
     }
 
     // The words of the 4 * kBlocks tokens from 4 * block on.
     template <int kBlocks>
     __device__ __forceinline__ void words(uint32_t block, uint32_t (&out)[4 * kBlocks]) const {
-        const uint4 from = load(start);
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
-            uint32_t* c = out + 4 * i;
-            uint32_t high;
-            multiply<kMultiplier0>(block + i, high, c[2]);
-            multiply<kMultiplier1>(high ^ from.x, high, c[1]);
-            c[0] = high ^ from.y, c[2] ^= from.z, c[3] = from.w;
+            out[4 * i] = block + i, out[4 * i + 1] = position, out[4 * i + 2] = request, out[4 * i + 3] = sample;
         }
 #pragma unroll
-        for (int round = 0; round < 8; round += 2) {
-            const uint4 pair = load(keys[round / 2]);
+        for (int round = 0; round < kRounds; round += 2) {
+            uint4 pair;  // volatile: or twenty keys would be hoisted into registers that are needed elsewhere
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(pair.x), "=r"(pair.y), "=r"(pair.z), "=r"(pair.w)
+                         : "r"(common::shared_address(&keys[round / 2])));
 #pragma unroll
             for (int i = 0; i < kBlocks; ++i) mix(out + 4 * i, pair.x, pair.y);
 #pragma unroll
@@ -52,32 +42,13 @@ struct Noise {
     }
 
   private:
-    static constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
-
-    __device__ __forceinline__ static uint2 next(uint2 key) {
-        return make_uint2(key.x + 0x9E3779B9u, key.y + 0xBB67AE85u);
-    }
-    // Volatile: or twenty words would be hoisted into registers that are needed elsewhere.
-    __device__ __forceinline__ static uint4 load(const uint4& words) {
-        uint4 result;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(result.x), "=r"(result.y), "=r"(result.z), "=r"(result.w)
-                     : "r"(common::shared_address(&words)));
-        return result;
-    }
-    template <uint32_t kFactor>
-    __device__ __forceinline__ static void multiply(uint32_t x, uint32_t& high, uint32_t& low) {
-        const uint64_t product = uint64_t{x} * kFactor;
-        high = static_cast<uint32_t>(product >> 32), low = static_cast<uint32_t>(product);
-    }
     __device__ __forceinline__ static void mix(uint32_t* c, uint32_t key_low, uint32_t key_high) {
-        uint32_t high_0, high_1, low_0, low_1;
-        multiply<kMultiplier0>(c[0], high_0, low_0);
-        multiply<kMultiplier1>(c[2], high_1, low_1);
-        c[0] = high_1 ^ c[1] ^ key_low;
-        c[1] = low_1;
-        c[2] = high_0 ^ c[3] ^ key_high;
-        c[3] = low_0;
+        const uint64_t product_0 = static_cast<uint64_t>(c[0]) * 0xD2511F53u;
+        const uint64_t product_1 = static_cast<uint64_t>(c[2]) * 0xCD9E8D57u;
+        c[0] = static_cast<uint32_t>(product_1 >> 32) ^ c[1] ^ key_low;
+        c[1] = static_cast<uint32_t>(product_1);
+        c[2] = static_cast<uint32_t>(product_0 >> 32) ^ c[3] ^ key_high;
+        c[3] = static_cast<uint32_t>(product_0);
     }
 };
 
@@ -86,8 +57,6 @@ __device__ __forceinline__ float gumbel(uint32_t word) {
     const float uniform = (__uint2float_rn(word) + 0.5f) * 2.3283064365386963e-10f;  // 2^-32
     return -logf(-log1pf(-uniform));
 }
-
-constexpr float kMostNoise = 23.f;  // that of word 0 is 22.87
 
 __device__ __forceinline__ float fast_log(float x) {
     float log2;

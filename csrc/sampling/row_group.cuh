@@ -80,42 +80,6 @@ struct RowGroup {
     }
 };
 
-// Numbers that every block of the row tells the first warps of all of them, again and again. Two buffers take turns: a
-// block that sends for the next time but one has heard from all since, and they had read by then.
-template <int kWords>
-struct Exchange {
-    uint64_t buffers[2][kMaxBlocksPerRow][kWords], mailboxes[2];
-    uint32_t times;
-
-    // By one thread, before RowGroup::arrive.
-    __device__ void init() {
-        times = 0;
-        for (uint64_t& mailbox : mailboxes) common::mbarrier_init(common::shared_address(&mailbox), 1);
-    }
-
-    // By the first warp, whose lanes have the same numbers. Returns those of all blocks.
-    __device__ __forceinline__ const uint64_t (*swap(const RowGroup& group, const uint64_t (&mine)[kWords])) [kWords] {
-        const uint32_t lane = threadIdx.x, time = times;
-        auto& words = buffers[time % 2];
-        uint64_t& mailbox = mailboxes[time % 2];
-        __syncwarp();
-        if (lane == 0) ++times;
-        if (group.size == 1) {
-#pragma unroll
-            for (int i = 0; i < kWords; ++i) words[0][i] = mine[i];
-            __syncwarp();
-        } else {
-            if (lane == 0) common::mbarrier_expect(common::shared_address(&mailbox), group.size * sizeof(words[0]));
-#pragma unroll
-            for (int i = 0; i < kWords; ++i) {
-                if (lane < group.size) group.send(&words[group.rank][i], &mailbox, lane, mine[i]);
-            }
-            common::mbarrier_wait(common::shared_address(&mailbox), time / 2 % 2);
-        }
-        return words;
-    }
-};
-
 // The row's best candidate, known to all threads of the group. Use each instance once.
 struct BestOfRow {
     uint64_t warps[kWarps], blocks[kMaxBlocksPerRow], mailbox;

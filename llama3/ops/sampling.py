@@ -90,13 +90,12 @@ def library() -> ModuleType:
 def choose_blocks_per_row(batch: int, vocab_size: int, num_sms: int, largest: int, filtered: bool) -> int:
     """A power of two up to `largest`: a multiprocessor for every block, if each block has something to do.
 
-    Filters keep a block waiting for its neighbours often, so two small clusters a multiprocessor pay. They also read a
-    row twice: two blocks a row even where not all find room, so that rows take turns and L2 holds them for both.
+    Filters keep a block waiting for its neighbours often, so two small clusters a multiprocessor pay.
     """
     blocks = 1
     while 2 * blocks <= largest and vocab_size >= 2 * blocks * MIN_TOKENS_PER_BLOCK:
         room = 2 * num_sms if filtered and 2 * blocks <= 4 else num_sms
-        if 2 * blocks * batch > room and not (filtered and blocks == 1):
+        if 2 * blocks * batch > room:
             break
         blocks *= 2
     return blocks
