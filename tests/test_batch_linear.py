@@ -59,14 +59,24 @@ def test_tensors_are_named(shapes: tuple, message: str) -> None:
 
 def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_linear, "_is_hopper", lambda device: device.type == "cuda")
+    monkeypatch.setattr(batch_linear, "_has_fast_memory", lambda device: False)
     cuda = torch.device("cuda")
     assert batch_linear.pays(64, 2048, 2048, BF16, cuda) and batch_linear.pays(17, 3072, 2048, BF16, cuda)
+    assert batch_linear.pays(128, 28672, 4096, BF16, cuda)
     assert not batch_linear.pays(64, 2048, 2048, BF16, torch.device("cpu"))
     assert not batch_linear.pays(64, 2048, 2048, torch.float16, cuda)
     assert not batch_linear.pays(16, 2048, 2048, BF16, cuda)
     assert not batch_linear.pays(129, 4096, 4096, BF16, cuda)
     assert not batch_linear.pays(64, 2048, 2040, BF16, cuda)
     assert not batch_linear.pays(64, 128256, 2048, BF16, cuda)
+
+
+def test_where_they_run_on_a_gpu_of_fast_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_linear, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(batch_linear, "_has_fast_memory", lambda device: True)
+    cuda = torch.device("cuda")
+    assert batch_linear.pays(64, 2048, 8192, BF16, cuda) and batch_linear.pays(17, 3072, 2048, BF16, cuda)
+    assert not batch_linear.pays(65, 2048, 2048, BF16, cuda) and not batch_linear.pays(64, 6144, 4096, BF16, cuda)
 
 
 @pytest.mark.nvcc

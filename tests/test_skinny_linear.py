@@ -5,7 +5,7 @@ import torch
 
 from llama3.errors import UserError
 from llama3.ops import skinny_linear
-from llama3.ops.skinny_linear import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU, Tiling, choose_tiling
+from llama3.ops.skinny_linear import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU, Tiling, choose_tiling, min_tile_rows
 from llama3.shapes import shape_config
 
 BF16 = torch.bfloat16
@@ -17,13 +17,14 @@ GOOD |= {"size": 128, "eps": 1e-5, "form": NORM_LINEAR, "tile_rows": 64, "splits
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_tokens": 0}, "num_tokens is 0; supported: 1 to 16"),
-        ({"num_tokens": 17}, "num_tokens is 17"),
+        ({"num_tokens": 0}, "num_tokens is 0; supported: 1 to 32"),
+        ({"num_tokens": 33}, "num_tokens is 33"),
         ({"size": 96}, "size is 96; expected a multiple of 64"),
         ({"num_rows": 12}, "num_rows is 12; expected a multiple of 8"),
         ({"num_rows": 24, "form": NORM_SWIGLU}, "num_rows is 24; expected a multiple of 16"),
         ({"tile_rows": 24}, "tile_rows is 24; expected a multiple of 16 from 16 to 128"),
         ({"tile_rows": 144}, "tile_rows is 144"),
+        ({"num_tokens": 17, "tile_rows": 32}, "tile_rows is 32; expected a multiple of 16 from 48 to 128"),
         ({"splits": 0}, "splits is 0"),
         ({"splits": 3}, "splits is 3; supported here: 1 to 1"),
         ({"splits": 9, "size": 8192}, "splits is 9; supported here: 1 to 8"),
@@ -64,10 +65,11 @@ def test_other_dtypes_and_residuals_are_named() -> None:
 def test_what_others_do_better(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skinny_linear, "_is_hopper", lambda device: device.type == "cuda")
     cuda = torch.device("cuda")
-    assert skinny_linear.pays(16, 2048, 2048, BF16, cuda) and skinny_linear.pays(1, 3072, 2048, BF16, cuda)
+    assert skinny_linear.pays(16, 2048, 2048, BF16, cuda) and skinny_linear.pays(32, 6144, 4096, BF16, cuda)
     assert not skinny_linear.pays(16, 2048, 2048, BF16, torch.device("cpu"))
     assert not skinny_linear.pays(16, 2048, 2048, torch.float16, cuda)
-    assert not skinny_linear.pays(17, 4096, 4096, BF16, cuda)
+    assert not skinny_linear.pays(33, 4096, 4096, BF16, cuda)
+    assert not skinny_linear.pays(17, 3072, 2048, BF16, cuda)
     assert not skinny_linear.pays(16, 2048, 2040, BF16, cuda)
     assert not skinny_linear.pays(16, 128256, 2048, BF16, cuda)
 
@@ -79,7 +81,7 @@ def test_llama_1b_fills_the_machine_once() -> None:
     assert chosen == {"qkv": (48, 2), "o": (64, 4), "gate-up": (128, 1), "down": (64, 4)}
 
 
-@pytest.mark.parametrize("num_tokens", (1, 8, 9, 16))
+@pytest.mark.parametrize("num_tokens", (1, 16, 17, 32))
 @pytest.mark.parametrize("shape", ("1b", "3b", "8b", "tiny"))
 def test_tilings_are_what_the_kernel_takes(shape: str, num_tokens: int) -> None:
     c = shape_config(shape)
@@ -88,5 +90,5 @@ def test_tilings_are_what_the_kernel_takes(shape: str, num_tokens: int) -> None:
     for num_rows, size in products:
         tiling = choose_tiling(num_tokens, num_rows, size, num_sms=132)
         assert isinstance(tiling, Tiling)
-        assert tiling.tile_rows % 16 == 0 and 16 <= tiling.tile_rows <= 128
+        assert tiling.tile_rows % 16 == 0 and min_tile_rows(num_tokens) <= tiling.tile_rows <= 128
         assert 1 <= tiling.splits <= 8 and tiling.splits <= -(-size // 256)

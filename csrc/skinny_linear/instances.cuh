@@ -22,10 +22,15 @@ const void* of_form(Form form) {
 
 template <int kTokenTiles>
 const void* instantiate(int grid, Form form) {
-    if (grid == 0) return of_form<WarpGrid<1, 1>, kTokenTiles>(form);
-    if (grid == 1) return of_form<WarpGrid<2, 1>, kTokenTiles>(form);
-    if (grid == 2) return of_form<WarpGrid<2, 2>, kTokenTiles>(form);
-    return of_form<WarpGrid<2, 4>, kTokenTiles>(form);
+    if constexpr (kTokenTiles <= 2) {
+        if (grid == 0) return of_form<WarpGrid<1, 1>, kTokenTiles>(form);
+        if (grid == 1) return of_form<WarpGrid<2, 1>, kTokenTiles>(form);
+        if (grid == 2) return of_form<WarpGrid<2, 2>, kTokenTiles>(form);
+        return of_form<WarpGrid<2, 4>, kTokenTiles>(form);
+    } else {
+        if (grid == 2) return of_form<WarpGrid<2, 2, 2, 2>, kTokenTiles>(form);
+        return grid == 3 ? of_form<WarpGrid<2, 4, 2, 2>, kTokenTiles>(form) : nullptr;
+    }
 }
 
 }  // namespace skinny_linear

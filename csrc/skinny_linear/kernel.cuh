@@ -1,4 +1,4 @@
-// y = x weight^T for up to 16 tokens, at the speed at which weights arrive from memory (sm_90, bf16).
+// y = x weight^T for up to 32 tokens, at the speed at which weights arrive from memory (sm_90, bf16).
 //
 // A cluster of `splits` blocks makes tiles of `tile_rows` rows of weight, each block over its part of the inner
 // dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for as much
@@ -90,10 +90,11 @@ struct Producer {
 // What a consumer thread works on.
 template <class Grid>
 struct WarpPlace {
-    int lane, row_warp, column_warp;
+    int lane, row_warp, token_warp, column_warp;
     static __device__ __forceinline__ WarpPlace of(int thread) {
         const int warp = thread / 32;
-        return {thread % 32, warp % Grid::kRowWarps, warp / Grid::kRowWarps};
+        return {thread % 32, warp % Grid::kRowWarps, warp / Grid::kRowWarps % Grid::kTokenWarps,
+                warp / (Grid::kRowWarps * Grid::kTokenWarps)};
     }
 };
 
@@ -107,10 +108,10 @@ __device__ __forceinline__ int thread_again() {
 template <class Grid, int kTokenTiles, Form kForm>
 __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     constexpr bool kNorm = has_norm(kForm);
-    constexpr int kTokens = kTokenTiles * 8;
+    constexpr int kTokens = kTokenTiles * 8, kWarpTokens = kTokens / Grid::kTokenWarps;
     const int thread = threadIdx.x;
-    const auto [lane, row_warp, column_warp] = WarpPlace<Grid>::of(thread);
-    const int box = column_warp / 2, half = column_warp % 2;
+    const auto [lane, row_warp, token_warp, column_warp] = WarpPlace<Grid>::of(thread);
+    const int box = column_warp * Grid::kChunks / 2, half = column_warp * Grid::kChunks % 2;
     if constexpr (kNorm) {
         const int first = b.first_step * Grid::kBoxes * kBox / 2, words = b.steps * Grid::kBoxes * kBox / 2;
 #pragma unroll 1
@@ -124,8 +125,9 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     // A tile of fewer rows than its warps take: they multiply what lies behind it, and store nothing of that.
     const uint32_t weight = b.base + (box * p.tile_rows + row_warp * Grid::kRowTiles * 16) * kRowBytes +
                             (weight_offset(lane) ^ (half * 64));
-    const uint32_t x = b.base + b.layout.stage_weight + box * kTokens * kRowBytes + (token_offset(lane) ^ (half * 64));
-    const uint32_t norm = b.base + b.layout.norm + column_warp * 64 + lane % 4 * 16;
+    const uint32_t x = b.base + b.layout.stage_weight + (box * kTokens + token_warp * kWarpTokens) * kRowBytes +
+                       (token_offset(lane) ^ (half * 64));
+    const uint32_t norm = b.base + b.layout.norm + column_warp * Grid::kChunks * 64 + lane % 4 * 16;
     common::wait_for_previous_kernel();
 
     Cursor cursor;
@@ -135,21 +137,26 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
         const uint4 residual =
             load_residual<kForm>(p, Item<kForm, kTokens>(p, threadIdx.x, b.rank)
                                         .index(p, tile));  // asked for before the product, used behind it
-        Accumulator<Grid, kTokenTiles, kNorm> accumulator;
+        Accumulator<Grid, kWarpTokens / 8, kNorm> accumulator;
         accumulator.clear();
         uint32_t factors = norm;
 #pragma unroll 1
         for (int left = b.steps; left > 0; --left, factors += Grid::kBoxes * kBox * 2) {
             common::mbarrier_wait(b.full(cursor.stage), cursor.phase);
             const uint32_t offset = cursor.stage * b.layout.stage;
-            accumulator.add(weight + offset, x + offset, factors, row_warp);
+#pragma unroll
+            for (int chunk = 0; chunk < Grid::kChunks; ++chunk) {
+                const uint32_t other_half = chunk * 64;
+                accumulator.add((weight + offset) ^ other_half, (x + offset) ^ other_half, factors + chunk * 64,
+                                row_warp);
+            }
             __syncwarp();
             if (lane == 0) common::mbarrier_arrive(b.empty(cursor.stage));
             cursor.advance(p.stages);
         }
         common::named_sync(1, kConsumers);  // the ring, or the previous tile's sums, are no longer read
         const WarpPlace<Grid> late = WarpPlace<Grid>::of(thread_again());
-        const int stripe = late.column_warp * kTokens;
+        const int stripe = late.column_warp * kTokens + late.token_warp * kWarpTokens;
         accumulator.store(b.at<float>(b.layout.partials) + stripe * b.layout.stride_partial, b.layout.stride_partial,
                           p.tile_rows, late.row_warp, late.lane);
         if constexpr (kNorm)

@@ -33,17 +33,34 @@ int up(int bytes) {
 // Which WarpGrid serves a tile (instances.cuh), and what the host needs to know of it.
 struct Shape {
     int grid, rows, boxes, column_warps;
-    static Shape of(int tile_rows) {
+    static Shape of(int tile_rows, int tokens) {
         if (tile_rows <= 16) return {0, 16, 4, 8};
         if (tile_rows <= 32) return {1, 32, 4, 8};
-        if (tile_rows <= 64) return {2, 64, 2, 4};
-        return {3, 128, 1, 2};
+        if (tile_rows <= 64) return {2, 64, 2, tokens <= 16 ? 4 : 2};
+        return {3, 128, 1, tokens <= 16 ? 2 : 1};
     }
 };
 
-// Tokens that the kernel for `num_tokens` takes.
+// Tokens that the kernel for `num_tokens` takes, and the fewest rows of a tile for so many: else x outweighs weights.
 int padded(int num_tokens) {
-    return num_tokens <= 8 ? 8 : 16;
+    int tokens = 8;
+    while (tokens < num_tokens) tokens *= 2;
+    return tokens;
+}
+
+int min_tile_rows(int tokens) {
+    return tokens <= 16 ? 16 : 48;
+}
+
+const void* select_kernel(int tokens, int grid, Form form) {
+    switch (tokens) {
+        case 8:
+            return kernel_for<1>(grid, form);
+        case 16:
+            return kernel_for<2>(grid, form);
+        default:
+            return kernel_for<4>(grid, form);
+    }
 }
 
 SharedLayout lay_out(const Params& p, const Shape& shape, int tokens, Form form, bool one_tile) {
@@ -101,10 +118,11 @@ void check(const Problem& q, const Tiling& t) {
     const int unit = unit_rows(q.form);
     require(q.num_rows >= unit && q.num_rows % unit == 0,
             "num_rows is " + std::to_string(q.num_rows) + "; expected a multiple of " + std::to_string(unit));
-    require(t.tile_rows >= 16 && t.tile_rows <= kMaxTileRows && t.tile_rows % 16 == 0,
-            "tile_rows is " + std::to_string(t.tile_rows) + "; expected a multiple of 16 from 16 to " +
-                std::to_string(kMaxTileRows));
-    const int steps = divide_up(q.size / kBox, Shape::of(t.tile_rows).boxes);
+    const int tokens = padded(q.num_tokens), min_rows = min_tile_rows(tokens);
+    require(t.tile_rows >= min_rows && t.tile_rows <= kMaxTileRows && t.tile_rows % 16 == 0,
+            "tile_rows is " + std::to_string(t.tile_rows) + "; expected a multiple of 16 from " +
+                std::to_string(min_rows) + " to " + std::to_string(kMaxTileRows));
+    const int steps = divide_up(q.size / kBox, Shape::of(t.tile_rows, tokens).boxes);
     require(t.splits >= 1 && t.splits <= std::min(kMaxSplits, steps), "splits is " + std::to_string(t.splits) +
                                                                           "; supported here: 1 to " +
                                                                           std::to_string(std::min(kMaxSplits, steps)));
@@ -119,7 +137,7 @@ void check(const Problem& q, const Tiling& t) {
 void launch(const Problem& q, const Tiling& t, bool overlap, cudaStream_t stream) {
     check(q, t);
     const int tokens = padded(q.num_tokens);
-    const Shape shape = Shape::of(t.tile_rows);
+    const Shape shape = Shape::of(t.tile_rows, tokens);
 
     Params p{};
     p.norm = q.norm, p.residual = q.residual, p.out = q.out;
@@ -138,7 +156,7 @@ void launch(const Problem& q, const Tiling& t, bool overlap, cudaStream_t stream
     require(p.layout.bytes <= limit, "a block needs " + std::to_string(p.layout.bytes) +
                                          " bytes of shared memory, and may have " + std::to_string(limit));
 
-    const void* kernel = tokens == 8 ? kernel_for<1>(shape.grid, q.form) : kernel_for<2>(shape.grid, q.form);
+    const void* kernel = select_kernel(tokens, shape.grid, q.form);
     common::allow_shared_memory(kernel, common::shared_memory_limit(), true);
     CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, t.tile_rows, shape.boxes);
     CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens, shape.boxes);

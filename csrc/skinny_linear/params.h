@@ -4,7 +4,7 @@
 
 namespace skinny_linear {
 
-constexpr int kMaxTokens = 16;
+constexpr int kMaxTokens = 32;
 constexpr int kMaxTileRows = 128;
 constexpr int kMaxSplits = 8;  // blocks of a cluster, the portable limit
 constexpr int kBox = 64;       // columns of a copied box: 128 bytes, the swizzle's width
@@ -25,13 +25,13 @@ constexpr int unit_rows(Form form) {
     return form == Form::kNormSwiGlu ? 16 : 8;
 }
 
-// How the eight consumer warps share a stage: kRowWarps groups of kRowTiles 16-row tiles, the rest over columns, 32 of
-// them a warp. A stage has kBoxes boxes.
-template <int kRowTiles_, int kRowWarps_>
+// How the eight consumer warps share a stage: kRowWarps groups of kRowTiles 16-row tiles times kTokenWarps groups of
+// tokens, the rest over columns, 32 * kChunks of them a warp. A stage has kBoxes boxes.
+template <int kRowTiles_, int kRowWarps_, int kTokenWarps_ = 1, int kChunks_ = 1>
 struct WarpGrid {
-    static constexpr int kRowTiles = kRowTiles_, kRowWarps = kRowWarps_;
-    static constexpr int kColumnWarps = kConsumerWarps / kRowWarps, kBoxes = kColumnWarps / 2;
-    static_assert(kBoxes * 2 == kColumnWarps);
+    static constexpr int kRowTiles = kRowTiles_, kRowWarps = kRowWarps_, kTokenWarps = kTokenWarps_, kChunks = kChunks_;
+    static constexpr int kColumnWarps = kConsumerWarps / (kRowWarps * kTokenWarps), kBoxes = kColumnWarps * kChunks / 2;
+    static_assert(kBoxes * 2 == kColumnWarps * kChunks);
 };
 
 // Offsets in bytes. The ring comes first; the warps' partial sums follow, or lie over the ring if no tile comes after

@@ -14,10 +14,13 @@ from typing import NamedTuple
 import torch
 
 from llama3.errors import UserError
+from llama3.ops.skinny_linear import NARROW
 from llama3.ops.tensor_error import wrong_tensor
 
 TOKEN_COUNTS = (32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
 MIN_TOKENS, MAX_TOKENS = 17, TOKEN_COUNTS[-1]  # up to 16, csrc/skinny_linear/ is faster
+# On GPUs of more memory, which is faster memory as well, cuBLASLt is faster for many tokens and for long rows.
+FAST_MEMORY_BYTES, FAST_MEMORY_TOKENS = 100 << 30, 64
 HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, and run in cuBLASLt
 TILE_ROWS, UNIT_ROWS = 128, 16
 STAGE_COLUMNS = 64
@@ -70,7 +73,9 @@ def linear_add(
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels can run a product of this shape here, and are faster than cuBLASLt (docs/cuda-ops.md)."""
     suits = MIN_TOKENS <= num_tokens <= MAX_TOKENS and num_rows % UNIT_ROWS == 0 and size % STAGE_COLUMNS == 0
-    return suits and num_rows * size < HEAD_ELEMENTS and dtype == torch.bfloat16 and _is_hopper(device)
+    if not suits or num_rows * size >= HEAD_ELEMENTS or dtype != torch.bfloat16 or not _is_hopper(device):
+        return False
+    return not _has_fast_memory(device) or (num_tokens <= FAST_MEMORY_TOKENS and min(num_rows, size) <= NARROW)
 
 
 @functools.cache
@@ -111,6 +116,11 @@ def library() -> ModuleType:
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def _has_fast_memory(device: torch.device) -> bool:
+    return torch.cuda.get_device_properties(device).total_memory > FAST_MEMORY_BYTES
 
 
 @functools.cache

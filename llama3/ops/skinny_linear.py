@@ -15,9 +15,11 @@ import torch
 from llama3.errors import UserError
 from llama3.ops.tensor_error import wrong_tensor
 
-MAX_TOKENS = 16  # beyond it csrc/batch_linear/ is faster
-MAX_TILE_ROWS = 128
+MAX_TOKENS = 32
+ALWAYS_TOKENS = 16  # up to which these kernels are the fastest for every shape; beyond, for those that are not NARROW
+NARROW = 2048  # fewer rows or columns than this, or as many: csrc/batch_linear/ is faster
 HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, and run in cuBLASLt
+MAX_TILE_ROWS = 128
 NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU = range(3)  # the numbers of skinny_linear::Form
 
 
@@ -57,9 +59,15 @@ def linear_add(
 
 
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels can run a product of this shape here, and are faster than cuBLASLt (docs/cuda-ops.md)."""
+    """Whether the kernels can run a product of this shape here, and are the fastest (docs/cuda-ops.md)."""
     suits = 1 <= num_tokens <= MAX_TOKENS and num_rows % 16 == 0 and size % 64 == 0 and dtype == torch.bfloat16
-    return suits and num_rows * size < HEAD_ELEMENTS and _is_hopper(device)
+    fastest = num_tokens <= ALWAYS_TOKENS or min(num_rows, size) > NARROW
+    return suits and fastest and num_rows * size < HEAD_ELEMENTS and _is_hopper(device)
+
+
+def min_tile_rows(num_tokens: int) -> int:
+    """The fewest rows of a tile for so many tokens; with fewer, x would outweigh the weights."""
+    return 16 if num_tokens <= 16 else 48
 
 
 @functools.cache
@@ -67,19 +75,24 @@ def choose_tiling(num_tokens: int, num_rows: int, size: int, num_sms: int) -> Ti
     """The tiling whose busiest multiprocessor has the fewest bytes of weight and x to read, with what was measured.
 
     Clusters of four find fewer places than their blocks would alone. Two blocks of one kernel on a multiprocessor keep
-    more requests under way, which pays in long products and costs the next kernel its place in short ones.
+    more requests under way, which pays in long products and costs the next kernel its place in short ones. With more
+    than 16 tokens it is arithmetic that takes long: a tile costs what its warps could have multiplied, and the second
+    block pays sooner.
     """
-    padded = 8 if num_tokens <= 8 else 16
+    few = num_tokens <= 16
+    padded = max(8, 1 << (num_tokens - 1).bit_length())
 
     def cost(tiling: Tiling) -> tuple[float, float]:
         blocks = -(-num_rows // tiling.tile_rows) * tiling.splits
         rounds = -(-blocks // num_sms)
-        block_bytes = (tiling.tile_rows + padded) * size / tiling.splits * 2
-        deep = 0.8 if rounds == 2 and block_bytes >= 400e3 else 1.0
-        crowded = 1.15 if tiling.splits == 4 else 1.0
-        return rounds * block_bytes * deep * crowded, rounds * block_bytes
+        rows = tiling.tile_rows if few else 64 if tiling.tile_rows <= 64 else MAX_TILE_ROWS
+        block_bytes = (rows + padded) * size / tiling.splits * 2
+        is_long = block_bytes >= (400e3 if few or tiling.splits == 1 else 250e3)
+        deep = (0.8 if few else 0.7) if rounds == 2 and is_long else 1.0
+        crowded = (1.15 if few else 1.25) if tiling.splits == 4 else 1.0
+        return rounds * block_bytes * deep * crowded, rounds * (tiling.tile_rows + padded) * size / tiling.splits
 
-    rows = range(MAX_TILE_ROWS, 15, -16)
+    rows = range(MAX_TILE_ROWS, min_tile_rows(num_tokens) - 1, -16)
     fills_alone = num_rows >= 0.9 * num_sms * MAX_TILE_ROWS
     splits = [s for s in (1, 2, 4) if s == 1 or (s * 256 <= size and not fills_alone)]
     tilings = (Tiling(r, s) for s in splits for r in rows if r >= 16 * s)
