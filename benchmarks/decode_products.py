@@ -1,6 +1,6 @@
 """A whole decode step with one kernel a product and without.
 
-    python -m benchmarks.decode_products --shape 1b,3b,8b --json results/decode_products/h100.json
+    python -m benchmarks.decode_products --shape 1b,3b,8b --json results/decode_products/h200.json
 
 One CUDA graph of a step without sampling, over random weights in the real shapes, so that every weight comes from
 memory. Products timed by themselves mislead: what counts is how they follow one another. The floor is the bytes of

@@ -27,6 +27,8 @@ def sections(results: Results) -> dict[str, str]:
         "decode-attention-ladder": ladder(results["ladder"]),
         "decode-attention-experiments": experiments.table(results["experiments"]),
         "decode-attention-ncu": ncu(results["ncu"], results["suite"]),
+        "decode-attention-chain": chain(results["attention_chain"]),
+        "decode-attention-sanitizer": sanitizer(results["sanitizer"]),
     }
 
 
@@ -86,6 +88,29 @@ def ncu(counted: dict[str, Any], measured: dict[str, Any]) -> str:
             ]
         )
     return markdown_table(["shape", "graph (µs)", "ncu (µs)", "difference", "DRAM TB/s", "of the DRAM peak"], lines)
+
+
+def chain(measured: dict[str, Any]) -> str:
+    """What a layer's attention takes alone, and what it adds between the products before and after it."""
+    lines = [
+        [
+            *(f"{r['shape'].upper()}: {r['rows']} x {r['context']}", f"{r['kv_bytes'] / 1e6:.1f}"),
+            *(f"{r['us']['attention']:.2f}", f"{r['us_in_chain']:.2f}"),
+        ]
+        for r in measured["rows"]
+    ]
+    return f"{measured['device']}:\n\n" + markdown_table(["shape", "KV MB", "alone (µs)", "in the chain (µs)"], lines)
+
+
+def sanitizer(found: dict[str, Any]) -> str:
+    """A line a tool: which parts of the matrix it watched, and the worst that it said."""
+    lines = []
+    for tool in dict.fromkeys(run["tool"] for run in found["runs"]):
+        runs = [run for run in found["runs"] if run["tool"] == tool]
+        parts = ", ".join(f"{run['version']} {run['head_dim']}" for run in runs)
+        failed = [run for run in runs if run["exit_code"]]
+        lines.append([tool, parts, failed[0]["said"][-1] if failed else runs[-1]["said"][-1]])
+    return f"{found['gpu']}:\n\n" + markdown_table(["tool", "versions and head sizes", "said"], lines)
 
 
 def _best_peer(row: dict[str, Any]) -> float:
