@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from llama3.errors import UserError
-from llama3.ops import batch_linear
-from llama3.ops.batch_linear import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU, SPLITS, choose_plan
+from llama3.ops import batch_linear, one_kernel
+from llama3.ops.batch_linear import SPLITS, choose_plan
+from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 from llama3.shapes import shape_config
 
 BF16 = torch.bfloat16
@@ -58,7 +59,7 @@ def test_tensors_are_named(shapes: tuple, message: str) -> None:
 
 
 def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_linear, "_is_hopper", lambda device: device.type == "cuda")
+    monkeypatch.setattr(one_kernel, "is_hopper", lambda device: device.type == "cuda")
     monkeypatch.setattr(batch_linear, "_has_fast_memory", lambda device: False)
     cuda = torch.device("cuda")
     assert batch_linear.pays(64, 2048, 2048, BF16, cuda) and batch_linear.pays(17, 3072, 2048, BF16, cuda)
@@ -72,7 +73,7 @@ def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_they_run_on_a_gpu_of_fast_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_linear, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(one_kernel, "is_hopper", lambda device: True)
     monkeypatch.setattr(batch_linear, "_has_fast_memory", lambda device: True)
     cuda = torch.device("cuda")
     assert batch_linear.pays(64, 2048, 8192, BF16, cuda) and batch_linear.pays(17, 3072, 2048, BF16, cuda)

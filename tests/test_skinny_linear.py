@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from llama3.errors import UserError
-from llama3.ops import skinny_linear
-from llama3.ops.skinny_linear import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU, Tiling, choose_tiling, min_tile_rows
+from llama3.ops import one_kernel, skinny_linear
+from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
+from llama3.ops.skinny_linear import Tiling, choose_tiling, min_tile_rows
 from llama3.shapes import shape_config
 
 BF16 = torch.bfloat16
@@ -63,7 +64,7 @@ def test_other_dtypes_and_residuals_are_named() -> None:
 
 
 def test_what_others_do_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(skinny_linear, "_is_hopper", lambda device: device.type == "cuda")
+    monkeypatch.setattr(one_kernel, "is_hopper", lambda device: device.type == "cuda")
     cuda = torch.device("cuda")
     assert skinny_linear.pays(16, 2048, 2048, BF16, cuda) and skinny_linear.pays(32, 6144, 4096, BF16, cuda)
     assert not skinny_linear.pays(16, 2048, 2048, BF16, torch.device("cpu"))

@@ -13,22 +13,19 @@ from typing import NamedTuple
 
 import torch
 
-from llama3.errors import UserError
+from llama3.ops import one_kernel
+from llama3.ops.one_kernel import FORMS, NORM_SWIGLU
 from llama3.ops.skinny_linear import NARROW
-from llama3.ops.tensor_error import wrong_tensor
 
 TOKEN_COUNTS = (32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
 MIN_TOKENS, MAX_TOKENS = 17, TOKEN_COUNTS[-1]  # up to 16, csrc/skinny_linear/ is faster
 # On GPUs of more memory, which is faster memory as well, cuBLASLt is faster for many tokens and for long rows.
 FAST_MEMORY_BYTES, FAST_MEMORY_TOKENS = 100 << 30, 64
-HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, and run in cuBLASLt
 TILE_ROWS, UNIT_ROWS = 128, 16
 STAGE_COLUMNS = 64
 EXCHANGE_BYTES = 100 << 10  # that could be read in the time that a cluster takes to exchange its sums
 MIN_STEPS = 4  # of a block: room for what the others send
 SPLITS = (1, 2, 4, 8)  # clusters of other sizes find fewer places
-NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU = range(3)  # the numbers of batch_linear::Form
-FORMS = {"norm_linear": NORM_LINEAR, "linear_add": LINEAR_ADD, "norm_swiglu": NORM_SWIGLU}
 
 # Two neighbours in the chain of kernels fit on a multiprocessor together. SwiGLU's product is long enough to be better
 # off alone with a deeper ring, and with a still deeper one where every block has a multiprocessor of its own.
@@ -72,8 +69,7 @@ def linear_add(
 
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels can run a product of this shape here, and are faster than cuBLASLt (docs/cuda-ops.md)."""
-    suits = MIN_TOKENS <= num_tokens <= MAX_TOKENS and num_rows % UNIT_ROWS == 0 and size % STAGE_COLUMNS == 0
-    if not suits or num_rows * size >= HEAD_ELEMENTS or dtype != torch.bfloat16 or not _is_hopper(device):
+    if not MIN_TOKENS <= num_tokens <= MAX_TOKENS or not one_kernel.takes(num_rows, size, dtype, device):
         return False
     return not _has_fast_memory(device) or (num_tokens <= FAST_MEMORY_TOKENS and min(num_rows, size) <= NARROW)
 
@@ -114,18 +110,8 @@ def library() -> ModuleType:
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
 def _has_fast_memory(device: torch.device) -> bool:
     return torch.cuda.get_device_properties(device).total_memory > FAST_MEMORY_BYTES
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _product(
@@ -138,41 +124,7 @@ def _product(
     out: torch.Tensor | None,
     plan: Plan | None,
 ) -> torch.Tensor:
-    form = FORMS[op]
-    if x.dim() != 2 or x.dtype != torch.bfloat16 or not x.is_contiguous():
-        raise wrong_tensor(op, "x", x, "contiguous torch.bfloat16 [T, K]")
-    num_tokens, size = x.shape
-    num_rows = weight.shape[0]
-    num_outputs = num_rows // 2 if form == NORM_SWIGLU else num_rows
-    if out is None:
-        out = x.new_empty(num_tokens, num_outputs)
-    expected = {"weight": (weight, (num_rows, size)), "norm": (norm, (size,))}
-    expected |= {"residual": (residual, (num_tokens, num_rows)), "out": (out, (num_tokens, num_outputs))}
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape or tensor.dtype != x.dtype or not tensor.is_contiguous():
-            raise wrong_tensor(op, name, tensor, f"contiguous {x.dtype} {list(shape)}")
-    for name, tensor in (("x", x), *((name, tensor) for name, (tensor, _) in expected.items())):
-        if tensor is not None and (not tensor.is_cuda or tensor.device != x.device):
-            raise UserError(f"{op}: {name} is on {tensor.device}; expected a CUDA device, the same for every tensor")
-    if plan is None:
-        plan = choose_plan(form, num_tokens, num_rows, size, _num_sms(x.device))
-    library().product(
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        norm=0 if norm is None else norm.data_ptr(),
-        residual=0 if residual is None else residual.data_ptr(),
-        out=out.data_ptr(),
-        num_tokens=num_tokens,
-        num_rows=num_rows,
-        size=size,
-        eps=eps,
-        form=form,
-        splits=plan.splits,
-        trigger=plan.trigger,
-        shared_bytes=plan.shared_bytes,
-        overlap=True,
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
-    )
+    out, arguments = one_kernel.arguments(op, x, weight, norm, residual, eps, out)
+    plan = plan or choose_plan(FORMS[op], *x.shape[:1], *weight.shape, one_kernel.num_sms(x.device))
+    library().product(**arguments, **plan._asdict())
     return out

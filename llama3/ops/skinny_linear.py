@@ -12,18 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from llama3.errors import UserError
-from llama3.ops.tensor_error import wrong_tensor
+from llama3.ops import one_kernel
 
 MAX_TOKENS = 32
 ALWAYS_TOKENS = 16  # up to which these kernels are the fastest for every shape; beyond, for those that are not NARROW
 NARROW = 2048  # fewer rows or columns than this, or as many: csrc/batch_linear/ is faster
-HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, and run in cuBLASLt
 MAX_TILE_ROWS = 128
-NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU = range(3)  # the numbers of skinny_linear::Form
-
-
-FORMS = {"norm_linear": NORM_LINEAR, "linear_add": LINEAR_ADD, "norm_swiglu": NORM_SWIGLU}
 
 
 class Tiling(NamedTuple):
@@ -60,9 +54,8 @@ def linear_add(
 
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels can run a product of this shape here, and are the fastest (docs/cuda-ops.md)."""
-    suits = 1 <= num_tokens <= MAX_TOKENS and num_rows % 16 == 0 and size % 64 == 0 and dtype == torch.bfloat16
     fastest = num_tokens <= ALWAYS_TOKENS or min(num_rows, size) > NARROW
-    return suits and fastest and num_rows * size < HEAD_ELEMENTS and _is_hopper(device)
+    return 1 <= num_tokens <= MAX_TOKENS and fastest and one_kernel.takes(num_rows, size, dtype, device)
 
 
 def min_tile_rows(num_tokens: int) -> int:
@@ -107,16 +100,6 @@ def library() -> ModuleType:
     return load_custom_kernels.load("skinny_linear")
 
 
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _product(
     op: str,
     x: torch.Tensor,
@@ -127,40 +110,7 @@ def _product(
     out: torch.Tensor | None,
     tiling: Tiling | None,
 ) -> torch.Tensor:
-    form = FORMS[op]
-    if x.dim() != 2 or x.dtype != torch.bfloat16 or not x.is_contiguous():
-        raise wrong_tensor(op, "x", x, "contiguous torch.bfloat16 [T, K]")
-    num_tokens, size = x.shape
-    num_rows = weight.shape[0]
-    num_outputs = num_rows // 2 if form == NORM_SWIGLU else num_rows
-    if out is None:
-        out = x.new_empty(num_tokens, num_outputs)
-    expected = {"weight": (weight, (num_rows, size)), "norm": (norm, (size,))}
-    expected |= {"residual": (residual, (num_tokens, num_rows)), "out": (out, (num_tokens, num_outputs))}
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape or tensor.dtype != x.dtype or not tensor.is_contiguous():
-            raise wrong_tensor(op, name, tensor, f"contiguous {x.dtype} {list(shape)}")
-    for name, tensor in (("x", x), *((name, tensor) for name, (tensor, _) in expected.items())):
-        if tensor is not None and (not tensor.is_cuda or tensor.device != x.device):
-            raise UserError(f"{op}: {name} is on {tensor.device}; expected a CUDA device, the same for every tensor")
-    if tiling is None:
-        tiling = choose_tiling(num_tokens, num_rows, size, _num_sms(x.device))
-    library().product(
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        norm=0 if norm is None else norm.data_ptr(),
-        residual=0 if residual is None else residual.data_ptr(),
-        out=out.data_ptr(),
-        num_tokens=num_tokens,
-        num_rows=num_rows,
-        size=size,
-        eps=eps,
-        form=form,
-        tile_rows=tiling.tile_rows,
-        splits=tiling.splits,
-        overlap=True,
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
-    )
+    out, arguments = one_kernel.arguments(op, x, weight, norm, residual, eps, out)
+    tiling = tiling or choose_tiling(*x.shape[:1], *weight.shape, one_kernel.num_sms(x.device))
+    library().product(**arguments, tile_rows=tiling.tile_rows, splits=tiling.splits)
     return out

@@ -1,0 +1,68 @@
+"""What the families of kernels that run a whole product op have in common: `skinny_linear`, `batch_linear`."""
+
+import functools
+from typing import Any
+
+import torch
+
+from llama3.errors import UserError
+from llama3.ops.tensor_error import wrong_tensor
+
+NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU = range(3)  # the numbers of Form in both families' params.h
+FORMS = {"norm_linear": NORM_LINEAR, "linear_add": LINEAR_ADD, "norm_swiglu": NORM_SWIGLU}
+ROWS_MULTIPLE, SIZE_MULTIPLE = 16, 64
+HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, and run in cuBLASLt
+
+
+def takes(num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels can run x [T, size] times weight [num_rows, size] here, and it is not the head's product."""
+    suits = num_rows % ROWS_MULTIPLE == 0 and size % SIZE_MULTIPLE == 0 and dtype == torch.bfloat16
+    return suits and num_rows * size < HEAD_ELEMENTS and is_hopper(device)
+
+
+def arguments(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The output [T, N] or [T, N / 2], made if not given, and what both families' `product` takes by keyword.
+
+    Raises UserError naming the tensor and the shape expected.
+    """
+    form = FORMS[op]
+    if x.dim() != 2 or x.dtype != torch.bfloat16 or not x.is_contiguous():
+        raise wrong_tensor(op, "x", x, "contiguous torch.bfloat16 [T, K]")
+    num_tokens, size = x.shape
+    num_rows = weight.shape[0]
+    num_outputs = num_rows // 2 if form == NORM_SWIGLU else num_rows
+    if out is None:
+        out = x.new_empty(num_tokens, num_outputs)
+    expected = {"weight": (weight, (num_rows, size)), "norm": (norm, (size,))}
+    expected |= {"residual": (residual, (num_tokens, num_rows)), "out": (out, (num_tokens, num_outputs))}
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype != x.dtype or not tensor.is_contiguous():
+            raise wrong_tensor(op, name, tensor, f"contiguous {x.dtype} {list(shape)}")
+    tensors = {"x": x, **{name: tensor for name, (tensor, _) in expected.items()}}
+    for name, tensor in tensors.items():
+        if tensor is not None and (not tensor.is_cuda or tensor.device != x.device):
+            raise UserError(f"{op}: {name} is on {tensor.device}; expected a CUDA device, the same for every tensor")
+    pointers = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
+    sizes = {"num_tokens": num_tokens, "num_rows": num_rows, "size": size, "eps": eps, "form": form}
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    return out, pointers | sizes | {"overlap": True, "stream": stream}
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
