@@ -12,7 +12,7 @@ import torch
 from llama3.errors import UserError
 from llama3.forward_batch import PrefillBatch
 from llama3.kv_cache import LayerCache
-from llama3.ops import cublaslt, cuda, elementwise, gemm_search, linear, prefill_attention
+from llama3.ops import cublaslt, cuda, elementwise, gemm, gemm_search, linear, prefill_attention
 from llama3.ops.prefill_attention import PrefillPlan
 from llama3.rope import RopeTable
 from llama3.shapes import shape_config
@@ -245,12 +245,12 @@ def test_searches_are_remembered_on_disk(searches: list[FakeProduct], monkeypatc
 
 def test_our_kernel_is_remembered_too(searches: list[FakeProduct], monkeypatch: pytest.MonkeyPatch) -> None:
     gemm_search.expect_decode(64)
-    monkeypatch.setattr(gemm_search, "measure", lambda *_: gemm_search.OWN)
+    monkeypatch.setattr(gemm_search, "measure", lambda *_: gemm.SPLIT[0])
     product = FakeProduct(num_tokens=64, name="a")
-    assert ask(product) == gemm_search.OWN
+    assert ask(product) == gemm.SPLIT[0]
     monkeypatch.setattr(gemm_search, "_measured", {})  # another process
     monkeypatch.setattr(gemm_search, "measure", None)
-    assert ask(product) == gemm_search.OWN
+    assert ask(product) == gemm.SPLIT[0]
 
 
 def test_copies_of_a_weight_are_aligned() -> None:

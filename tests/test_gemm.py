@@ -28,6 +28,20 @@ def test_kernel_refuses(arguments: tuple, message: str) -> None:
         gemm.library().gemm(*arguments, 0, stream=0)
 
 
+@pytest.mark.nvcc
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, ALIGNED, 256, 256, 512, 96, 4, 2), "no kernel for tiles of 96 rows in 4 parts by 2"),
+        ((0, ALIGNED, 256, 256, 128, 144, 4, 2), "size is too small for 4 parts"),
+        ((ODD, ALIGNED, 256, 256, 512, 144, 4, 2), "residual must be 16-byte aligned"),
+    ],
+)
+def test_split_kernel_refuses(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gemm.library().split(ALIGNED, ALIGNED, *arguments, 0, stream=0)
+
+
 def zeros(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 

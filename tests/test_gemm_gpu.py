@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama3.ops import gemm, gemm_search, linear
+from llama3.ops import elementwise, gemm, gemm_search, linear
 from llama3.ops.reference import ReferenceOps
 from tests.numerics import assert_within_contract
 
@@ -15,6 +15,10 @@ COUNTS = (1, 63, 64, 65, 128, 129, 255, 257, 1000, 4099)  # a block takes 128 to
 # N, K of 1B, 3B and 8B, and sizes that divide by little.
 SIZES = ((3072, 2048), (2048, 8192), (5120, 3072), (4096, 14336), (16384, 2048), (264, 72), (16, 8), (1000, 328))
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+SPLIT_COUNTS = (129, 200, 255, 256, 257, 300, 512)
+SPLIT_SIZES = ((3072, 2048), (2048, 2048), (2048, 8192), (6144, 4096), (4096, 4096), (4096, 14336), (1000, 520))
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +64,84 @@ def test_product(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype) 
     plain = ReferenceOps().linear_add(x, weight, residual)
     assert_within_contract(result, exact + residual.double(), plain)
     assert torch.equal(result, gemm.product(x, weight, residual))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_rows", "size"), SPLIT_SIZES)
+@pytest.mark.parametrize("num_tokens", SPLIT_COUNTS)
+def test_split_product(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype) -> None:
+    x = inside(normal(num_tokens, size, dtype=dtype))
+    weight = inside(normal(num_rows, size, dtype=dtype, scale=size**-0.5))
+    residual = inside(normal(num_tokens, num_rows, dtype=dtype))
+    torch.cuda.synchronize()  # weights must not be the predecessor's output
+    exact = x.double() @ weight.double().T
+    plain, added = x @ weight.T, ReferenceOps().linear_add(x, weight, residual)
+    for tiling in gemm.SPLIT:
+        result = gemm.product(x, weight, None, tiling)
+        assert_within_contract(result, exact, plain)
+        assert torch.equal(result, gemm.product(x, weight, None, tiling))
+        result = gemm.product(x, weight, residual, tiling)
+        assert_within_contract(result, exact + residual.double(), added)
+        assert torch.equal(result, gemm.product(x, weight, residual, tiling))
+
+
+@pytest.mark.parametrize("tiling", gemm.SPLIT)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "steps"), [(1, 8, 8), (130, 264, 9), (256, 200, 13), (256, 512, 31)]
+)
+def test_uneven_parts(tiling: gemm.Tiling, num_tokens: int, num_rows: int, steps: int) -> None:
+    size = steps * 64 - 56
+    x, weight = normal(num_tokens, size, dtype=torch.bfloat16), normal(num_rows, size, dtype=torch.bfloat16, scale=0.05)
+    torch.cuda.synchronize()
+    result = gemm.product(inside(x), weight, None, tiling)
+    assert_within_contract(result, x.double() @ weight.double().T, x @ weight.T)
+
+
+def test_split_passes_on_what_is_not_finite() -> None:
+    x, weight = normal(256, 2048, dtype=torch.bfloat16), normal(2048, 2048, dtype=torch.bfloat16)
+    x[3, 5], x[200, 2047], weight[77, 9] = torch.inf, torch.nan, torch.nan
+    torch.cuda.synchronize()
+    expected = x.float() @ weight.float().T
+    for tiling in gemm.SPLIT:
+        result = gemm.product(x, weight, None, tiling).float()
+        assert torch.equal(result.isnan(), expected.isnan()) and torch.equal(result.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("tiling", gemm.SPLIT)
+def test_split_writes_nothing_beyond_the_output(tiling: gemm.Tiling) -> None:
+    x, weight = normal(130, 512, dtype=torch.bfloat16), normal(264, 512, dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    storage = torch.full((140 * 264,), torch.nan, dtype=torch.bfloat16, device="cuda")
+    gemm.product(x, weight, None, tiling, storage[: 130 * 264].view(130, 264))
+    written = ~storage.isnan()
+    assert written[: 130 * 264].all() and not written[130 * 264 :].any()
+
+
+def test_splits_in_a_chain_under_a_graph() -> None:
+    """Each reads what its predecessor writes, launched before that one has ended."""
+    weight = normal(2048, 2048, dtype=torch.bfloat16, scale=2048**-0.5)
+    gate_up = normal(4096, 2048, dtype=torch.bfloat16, scale=2048**-0.5)
+    norm = torch.ones(2048, dtype=torch.bfloat16, device="cuda")
+    start = normal(256, 2048, dtype=torch.bfloat16)
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        for tiling in gemm.SPLIT * 3:
+            x = gemm.product(elementwise.rms_norm(x, norm, 1e-5), weight, x, tiling)
+            x = gemm.product(gemm.swiglu(elementwise.rms_norm(x, norm, 1e-5), gate_up), weight, x, tiling)
+        return x
+
+    torch.cuda.synchronize()
+    expected = chain(start)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(start)
+    for _ in range(50):
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected)
+    assert torch.isfinite(expected).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

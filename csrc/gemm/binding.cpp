@@ -20,4 +20,16 @@ PYBIND11_MODULE(gemm, module) {
         },
         "x"_a, "weight"_a, "residual"_a, "out"_a, "num_tokens"_a, "num_rows"_a, "size"_a, "epilogue"_a, "dtype"_a,
         "stream"_a);
+    module.def(
+        "split",
+        [](uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out, int num_tokens, int num_rows, int size,
+           int rows, int splits, int shared, int dtype, uintptr_t stream) {
+            gemm::launch_split({reinterpret_cast<void*>(x), reinterpret_cast<void*>(weight),
+                                reinterpret_cast<void*>(residual), reinterpret_cast<void*>(out), num_tokens, num_rows,
+                                size, residual ? gemm::Epilogue::kResidual : gemm::Epilogue::kPlain},
+                               {rows, splits, shared},
+                               {static_cast<common::Dtype>(dtype), reinterpret_cast<cudaStream_t>(stream)});
+        },
+        "x"_a, "weight"_a, "residual"_a, "out"_a, "num_tokens"_a, "num_rows"_a, "size"_a, "rows"_a, "splits"_a,
+        "shared"_a, "dtype"_a, "stream"_a);
 }

@@ -50,6 +50,10 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&a
                  : "memory");
 }
 
+__device__ __forceinline__ void arrive_times(uint32_t barrier, uint32_t times) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(times) : "memory");
+}
+
 // Arrives on the barrier that lies at `barrier` in block `rank`'s shared memory.
 __device__ __forceinline__ void arrive_in_block(uint32_t barrier, uint32_t rank) {
     asm volatile(

@@ -33,4 +33,14 @@ struct Launch {
 // fails.
 void launch(const Gemm& g, const Launch& how);
 
+// How split.cuh cuts a product up.
+struct Split {
+    int rows;    // of weight, in a tile
+    int splits;  // parts of the inner dimension
+    int shared;  // blocks of 128 tokens that share a tile's weights
+};
+
+// Not with kSwiglu.
+void launch_split(const Gemm& g, const Split& split, const Launch& how);
+
 }  // namespace gemm

@@ -23,6 +23,7 @@ constexpr int kCluster = 2;     // blocks
 constexpr int kGroupTiles = 8;  // tiles of a cluster's tokens that meet a tile of weights one after the other
 constexpr int kTileTokens = 128, kTileRows = 256, kStageColumns = 64;
 constexpr int kMathGroups = 2, kGroupTokens = kTileTokens / kMathGroups;
+constexpr int kFragment = kTileRows / 2;  // accumulators of a thread
 constexpr int kThreads = (kMathGroups + 1) * 128;
 constexpr int kXBytes = kTileTokens * kStageColumns * 2, kWeightBytes = kTileRows * kStageColumns * 2;
 constexpr int kStageBytes = kXBytes + kWeightBytes;

@@ -6,6 +6,7 @@ built. Tensors are contiguous, 16-byte aligned, bf16 or fp16 on one CUDA device 
 
 import functools
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,19 @@ PLAIN, RESIDUAL, SWIGLU = range(3)  # the numbers of gemm::Epilogue
 TILE = 256  # tokens and weight rows of a tile of two multiprocessors
 BLOCK_TOKENS = TILE // 2
 MIN_OCCUPANCY = 0.85  # with more of the GPU idle in the last round of tiles, cuBLASLt's smaller tiles win
+
+
+class Tiling(NamedTuple):
+    """How a product is cut up."""
+
+    rows: int  # of weight, in a tile
+    splits: int  # parts of the inner dimension
+    shared: int  # blocks of 128 tokens that share a tile's weights
+
+
+WHOLE = Tiling(TILE, 1, 2)  # the kernel for many tokens
+SPLIT = (Tiling(128, 2, 1), Tiling(192, 2, 1), Tiling(144, 4, 2))
+STAGE_COLUMNS = 64  # of the inner dimension
 
 
 @functools.cache
@@ -44,10 +58,25 @@ def suits(device: torch.device, num_tokens: int, num_rows: int, size: int) -> bo
     return busy >= MIN_OCCUPANCY
 
 
+def tilings(device: torch.device, num_tokens: int, num_rows: int, size: int) -> list[Tiling]:
+    """The ways in which this product can run here, and may be fast; the quickest is found by trying."""
+    found = [WHOLE] if suits(device, num_tokens, num_rows, size) else []
+    if not runs_on(device) or num_tokens <= BLOCK_TOKENS or num_rows % 8 or size % 8:
+        return found
+    at_once = torch.cuda.get_device_properties(device).multi_processor_count
+    for tiling in SPLIT:
+        tiles = -(-num_tokens // (BLOCK_TOKENS * tiling.shared)) * -(-num_rows // tiling.rows)
+        blocks = tiles * tiling.splits * tiling.shared
+        if at_once // 2 <= blocks <= at_once and size >= tiling.splits * STAGE_COLUMNS:
+            found.append(tiling)
+    return found
+
+
 def product(
     x: torch.Tensor,
     weight: torch.Tensor,
     residual: torch.Tensor | None = None,
+    tiling: Tiling = WHOLE,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [T, K] times weight [N, K], plus residual [T, N] if there is one -> [T, N]; summed in fp32, rounded once."""
@@ -56,7 +85,7 @@ def product(
         out = x.new_empty(x.shape[0], weight.shape[0])
     if residual is not None and residual.shape != out.shape:
         raise wrong_tensor("product", "residual", residual, f"contiguous {x.dtype} {list(out.shape)}")
-    return _launch("product", PLAIN if residual is None else RESIDUAL, x, weight, out, residual)
+    return _launch("product", PLAIN if residual is None else RESIDUAL, x, weight, out, residual, tiling)
 
 
 def swiglu(x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
@@ -81,6 +110,7 @@ def _launch(
     weight: torch.Tensor,
     out: torch.Tensor,
     residual: torch.Tensor | None,
+    tiling: Tiling = WHOLE,
 ) -> torch.Tensor:
     for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
         if tensor is None:
@@ -92,5 +122,8 @@ def _launch(
     operands = (x.data_ptr(), weight.data_ptr(), 0 if residual is None else residual.data_ptr(), out.data_ptr())
     sizes = (x.shape[0], weight.shape[0], x.shape[1])
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    library().gemm(*operands, *sizes, epilogue, DTYPES[x.dtype], stream=stream)
+    if tiling == WHOLE:
+        library().gemm(*operands, *sizes, epilogue, DTYPES[x.dtype], stream=stream)
+    else:
+        library().split(*operands, *sizes, *tiling, DTYPES[x.dtype], stream=stream)
     return out

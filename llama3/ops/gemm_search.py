@@ -14,6 +14,7 @@ import torch
 
 from llama3.ops import cublaslt, gemm
 from llama3.ops.cublaslt import Product
+from llama3.ops.gemm import Tiling
 
 MAX_TOKENS = 1024  # beyond it the first choice is the best, or close
 CANDIDATES = 8
@@ -23,9 +24,8 @@ ROTATED_BYTES = 128 << 20  # more than any L2: weights come from memory in a dec
 MAX_COPIES = 64
 MIN_RUNS = 8  # of a product in a graph
 OWN_VERSION = 1  # of our kernels: another one makes what was measured before obsolete
-OWN = "csrc/gemm"
 
-Algorithm = bytes | str  # cuBLASLt's, opaque, or OWN
+Algorithm = bytes | Tiling  # cuBLASLt's, opaque, or our kernel's
 Way = Callable[[torch.Tensor], object]  # to run something with this weight
 
 _decode_batches: set[int] = set()
@@ -60,12 +60,10 @@ def algorithm_for(
             _first[product] = product.algorithms(1)[0]
         return _first[product]
     key = _key(product) + (", added" if residual is not None else "") + ("" if allow_own else ", cuBLASLt only")
-    known = _read_cache().get(key)
-    if known is None:
+    algorithm = _decode(_read_cache().get(key))
+    if algorithm is None:
         algorithm = measure(product, x, weight, residual, out, allow_own)
-        _write_cache({**_read_cache(), key: algorithm.hex() if isinstance(algorithm, bytes) else algorithm})
-    else:
-        algorithm = known if known == OWN else bytes.fromhex(known)
+        _write_cache({**_read_cache(), key: _encode(algorithm)})
     _measured[memo] = algorithm
     return algorithm
 
@@ -105,7 +103,7 @@ def run(
     if isinstance(algorithm, bytes):
         product.run(x, weight, residual, out, algorithm)
     else:
-        gemm.product(x, weight, residual, out)
+        gemm.product(x, weight, residual, algorithm, out)
 
 
 def measure(
@@ -118,12 +116,8 @@ def measure(
 ) -> Algorithm:
     """The fastest of the library's candidates and our kernels. Waits for the GPU."""
     candidates: list[Algorithm] = list(product.algorithms(CANDIDATES))
-    if (
-        allow_own
-        and product.dtype in gemm.DTYPES
-        and gemm.suits(product.device, product.num_tokens, product.num_rows, product.size)
-    ):
-        candidates.append(OWN)
+    if allow_own and product.dtype in gemm.DTYPES:
+        candidates += gemm.tilings(product.device, product.num_tokens, product.num_rows, product.size)
 
     def way(candidate: Algorithm) -> Way:
         return lambda weight: run(product, candidate, x, weight, residual, out)
@@ -179,6 +173,19 @@ def _replay_times(graphs: Sequence[torch.cuda.CUDAGraph], repeats: int) -> list[
             if repeat:
                 found.append(start.elapsed_time(end))
     return [sorted(found)[repeats // 2] for found in times]
+
+
+def _encode(algorithm: Algorithm) -> str:
+    return (
+        f"{algorithm.rows} rows, {algorithm.splits} parts, by {algorithm.shared}"
+        if isinstance(algorithm, Tiling)
+        else algorithm.hex()
+    )
+
+
+def _decode(text: str | None) -> Algorithm | None:
+    own = {_encode(tiling): tiling for tiling in (gemm.WHOLE, *gemm.SPLIT)}
+    return own[text] if text in own else None if text is None else bytes.fromhex(text)
 
 
 def cache_path() -> Path:
