@@ -28,7 +28,7 @@ class CudaOps:
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.overlap = elementwise.can_overlap(device)
         self.description = (
-            "split-KV decode attention, products of a decode step in one kernel each, cuBLASLt, cuDNN and FlashAttention, "
+            "split-KV decode attention, products of a decode step, cuBLASLt, cuDNN and FlashAttention, "
             "fused elementwise and sampling"
         )
         self._plan: PrefillPlan | None = None
