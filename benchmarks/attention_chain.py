@@ -60,8 +60,7 @@ class Chain:
     """The layers of one case with random weights and caches, as calls to time."""
 
     def __init__(self, case: Case) -> None:
-        config = shape_config(case.shape)
-        config = shape_config(case.shape, min(config.num_layers, MAX_LAYERS))
+        config = shape_config(case.shape, min(shape_config(case.shape).num_layers, MAX_LAYERS))
         device = torch.device("cuda", torch.cuda.current_device())
         reason = CudaOps.why_not(config, DTYPE, device)
         if reason is not None:
@@ -88,21 +87,19 @@ class Chain:
         """Of one layer's attention."""
         return 2 * self.config.kv_size * int(self.batch.positions.sum()) * DTYPE.itemsize
 
-    def attend(self, layer: int) -> torch.Tensor:
-        return self.ops.rope_append_attend(self.packed, self.rope, self.cache.layer(layer), self.batch)
+    def attend(self, layer: int, packed: torch.Tensor) -> torch.Tensor:
+        return self.ops.rope_append_attend(packed, self.rope, self.cache.layer(layer), self.batch)
 
     def run_layer(self, layer: int, *, attend: bool) -> None:
         packed = self.ops.norm_linear(self.x, self.norm, self.qkv_weights[layer], self.config.rms_norm_eps)
-        attended = self.attended
-        if attend:
-            attended = self.ops.rope_append_attend(packed, self.rope, self.cache.layer(layer), self.batch)
+        attended = self.attend(layer, packed) if attend else self.attended
         self.ops.linear_add(attended, self.o_weights[layer], self.x)
 
     def calls(self) -> dict[str, list[Call]]:
         """By name, the calls that are timed together: one a layer."""
         layers = range(self.config.num_layers)
         return {
-            "attention": [partial(self.attend, layer) for layer in layers],
+            "attention": [partial(self.attend, layer, self.packed) for layer in layers],
             "chain": [partial(self.run_layer, layer, attend=True) for layer in layers],
             "chain_without": [partial(self.run_layer, layer, attend=False) for layer in layers],
         }

@@ -1,5 +1,7 @@
 """Shared set-up: tests are skipped where the GPU or compiler that they need is missing; torch keeps to one thread."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -18,3 +20,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark, reason in missing.items():
             if reason and mark in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def poisoned_allocations() -> Iterator[None]:
+    """Fresh memory is NaN, so that what an op or a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def needs_hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")

@@ -16,7 +16,7 @@ from llama3.rope import RopeTable
 from llama3.shapes import shape_config
 from tests.numerics import ROUNDING_FLOOR, assert_within_contract
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_allocations")]
 EPS = 1e-5
 COUNTS = (1, 2, 4, 8, 16, 17, 33, 64, 65, 128, 300)
 # Hidden and intermediate sizes: the bundled model, Llama 3.2 1B and 3B, Llama 3.1 8B, and one that divides by little.
@@ -31,15 +31,6 @@ def ops():
     config, device = shape_config("tiny"), torch.device("cuda")
     assert CudaOps.why_not(config, torch.bfloat16, device) is None
     return CudaOps(config, device)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations():
-    """Fresh memory is NaN, so that what an op leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:

@@ -41,7 +41,7 @@ struct Receiver {
     __device__ Receiver(const Params& p, int rank) : stages(p.stages) {
         first = first_unit(rank, p.splits);
         units = first_unit(rank + 1, p.splits) - first;
-        const int steps = p.steps * (rank + 1) / p.splits - p.steps * rank / p.splits;
+        const int steps = first_of(p.steps, rank + 1, p.splits) - first_of(p.steps, rank, p.splits);
         before = steps - stages;  // negative: the last stage is never filled
         start = before < 0 ? stages - 1 : before % stages;
     }

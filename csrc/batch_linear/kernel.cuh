@@ -169,7 +169,8 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 64 ? 2 : 1)
 #if __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) uint8_t shared[];
     const int thread = threadIdx.x, rank = p.splits > 1 ? common::cluster_rank() : 0;
-    const int first_step = p.steps * rank / p.splits, steps = p.steps * (rank + 1) / p.splits - first_step;
+    const int first_step = first_of(p.steps, rank, p.splits);
+    const int steps = first_of(p.steps, rank + 1, p.splits) - first_step;
     const Block b{shared, common::shared_address(shared), p.tail_offset, int(blockIdx.x) / p.splits, rank, first_step,
                   steps};
     Producer<kTokens> producer{p, b, &weight, &x};

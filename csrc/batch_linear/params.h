@@ -35,9 +35,13 @@ constexpr int padded_tokens(int tokens) {
     return 0;
 }
 
-// The units of a tile that block `rank` of a cluster finishes: from first_unit(rank) to first_unit(rank + 1).
+// Of `count` things that a cluster shares out, block `rank` has those from first_of(rank) to first_of(rank + 1): steps
+// to multiply, and units of the tile to finish.
+constexpr __host__ __device__ int first_of(int count, int rank, int splits) {
+    return count * rank / splits;
+}
 constexpr __host__ __device__ int first_unit(int rank, int splits) {
-    return kUnits * rank / splits;
+    return first_of(kUnits, rank, splits);
 }
 constexpr __host__ __device__ int owner_of(int unit, int splits) {
     return ((unit + 1) * splits - 1) / kUnits;
