@@ -6,14 +6,7 @@
 
 namespace batch_linear {
 
-struct Problem {
-    const void *x, *weight;       // [num_tokens, size], [num_rows, size]
-    const void *norm, *residual;  // or null
-    void* out;
-    int num_tokens, num_rows, size;
-    float eps;
-    Form form;
-};
+using common::Problem;
 
 // splits: blocks of the cluster that makes a tile. trigger: stages left to ask for when the next kernel may start.
 // shared_bytes: the most that a block may use.

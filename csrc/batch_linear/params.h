@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/linear.h"
+
 namespace batch_linear {
 
 constexpr int kMaxTokens = 128;
@@ -15,11 +17,7 @@ constexpr int kConsumerWarps = kUnits;
 constexpr int kConsumers = kConsumerWarps * 32;
 constexpr int kThreads = kConsumers + 32;  // and the warp that copies
 
-enum class Form : int { kNormLinear = 0, kLinearAdd = 1, kNormSwiGlu = 2 };
-
-constexpr bool has_norm(Form form) {
-    return form != Form::kLinearAdd;
-}
+using common::Form, common::has_norm;
 
 // Rows of weight that make an output: SwiGLU's gates and ups alternate in groups of 8.
 constexpr int rows_per_output(Form form) {

@@ -6,14 +6,7 @@
 
 namespace skinny_linear {
 
-struct Problem {
-    const void *x, *weight;       // [num_tokens, size], [num_rows, size]
-    const void *norm, *residual;  // or null
-    void* out;
-    int num_tokens, num_rows, size;
-    float eps;
-    Form form;
-};
+using common::Problem;
 
 // How a product is cut: tiles of tile_rows rows, each made by a cluster of `splits` blocks.
 struct Tiling {

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/linear.h"
+
 namespace skinny_linear {
 
 constexpr int kMaxTokens = 32;
@@ -14,11 +16,7 @@ constexpr int kConsumerWarps = 8;
 constexpr int kConsumers = kConsumerWarps * 32;
 constexpr int kThreads = kConsumers + 32;  // and the warp that copies
 
-enum class Form : int { kNormLinear = 0, kLinearAdd = 1, kNormSwiGlu = 2 };
-
-constexpr bool has_norm(Form form) {
-    return form != Form::kLinearAdd;
-}
+using common::Form, common::has_norm;
 
 // Rows of weight that make 16 bytes of output.
 constexpr int unit_rows(Form form) {

@@ -8,7 +8,7 @@ import torch
 from llama3.errors import UserError
 from llama3.ops.tensor_error import wrong_tensor
 
-NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU = range(3)  # the numbers of Form in both families' params.h
+NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU = range(3)  # the numbers of common::Form
 FORMS = {"norm_linear": NORM_LINEAR, "linear_add": LINEAR_ADD, "norm_swiglu": NORM_SWIGLU}
 ROWS_MULTIPLE, SIZE_MULTIPLE = 16, 64
 HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, and run in cuBLASLt
