@@ -1,5 +1,6 @@
 """Which device and dtype to run with, from what the caller asked for; and host values on their way to a device."""
 
+import functools
 from typing import Any
 
 import torch
@@ -35,6 +36,12 @@ def resolve_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
     if resolved is None or resolved not in SUPPORTED_DTYPES.values():
         raise DeviceError(f"dtype {dtype!r} is unknown; use 'auto' or one of {', '.join(SUPPORTED_DTYPES)}")
     return resolved
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels for compute capability 9.0 alone run on this device: wgmma, the tensor copy engine, clusters."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import load_custom_kernels
+from llama3.device import is_hopper
 
 # One thread: matrices this small gain nothing from more, and lose much where other processes want the cores.
 torch.set_num_threads(1)
@@ -33,5 +34,5 @@ def poisoned_allocations() -> Iterator[None]:
 
 @pytest.fixture
 def needs_hopper() -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
+    if not is_hopper(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("needs a GPU of compute capability 9.0")

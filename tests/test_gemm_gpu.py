@@ -10,22 +10,11 @@ from llama3.ops import gemm, gemm_search, linear
 from llama3.ops.reference import ReferenceOps
 from tests.numerics import assert_within_contract
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper", "poisoned_allocations")]
 COUNTS = (1, 63, 64, 65, 128, 129, 255, 257, 1000, 4099)  # a block takes 128 tokens, a cluster 256
 # N, K of 1B, 3B and 8B, and sizes that divide by little.
 SIZES = ((3072, 2048), (2048, 8192), (5120, 3072), (4096, 14336), (16384, 2048), (264, 72), (16, 8), (1000, 328))
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def hopper_with_poisoned_allocations():
-    """Fresh memory is NaN, so that what a kernel leaves unwritten shows."""
-    if not gemm.runs_on(torch.device("cuda", torch.cuda.current_device())):
-        pytest.skip("needs compute capability 9.0")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:

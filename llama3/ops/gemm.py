@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 
+from llama3.device import is_hopper
 from llama3.errors import UserError
 from llama3.ops.elementwise import DTYPES
 from llama3.ops.tensor_error import wrong_tensor
@@ -27,15 +28,9 @@ def library() -> ModuleType:
     return load_custom_kernels.load("gemm")
 
 
-@functools.cache
-def runs_on(device: torch.device) -> bool:
-    """Whether the kernels exist for this device: wgmma is Hopper's alone."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def suits(device: torch.device, num_tokens: int, num_rows: int, size: int) -> bool:
     """Whether x [num_tokens, size] times weight [num_rows, size] can run here, and keeps the device busy to its end."""
-    if not runs_on(device) or num_rows % 8 or size % 8:
+    if not is_hopper(device) or num_rows % 8 or size % 8:
         return False
     tiles = -(-num_tokens // TILE) * -(-num_rows // TILE)
     at_once = torch.cuda.get_device_properties(device).multi_processor_count // 2
@@ -87,7 +82,7 @@ def _launch(
             continue
         if tensor.dtype != x.dtype or not tensor.is_contiguous() or tensor.data_ptr() % 16:
             raise wrong_tensor(op, name, tensor, f"contiguous {x.dtype}, 16-byte aligned")
-        if not runs_on(tensor.device) or tensor.device != x.device:
+        if not is_hopper(tensor.device) or tensor.device != x.device:
             raise UserError(f"{op}: {name} is on {tensor.device}; expected a Hopper GPU, the same for every tensor")
     operands = (x.data_ptr(), weight.data_ptr(), 0 if residual is None else residual.data_ptr(), out.data_ptr())
     sizes = (x.shape[0], weight.shape[0], x.shape[1])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from llama3.device import is_hopper
 from llama3.ops import cublaslt, gemm
 from llama3.ops.cublaslt import Product
 
@@ -74,7 +75,7 @@ def swiglu_is_fused(x: torch.Tensor, gate_up: torch.Tensor, apart: Way) -> bool:
     """Whether gemm.swiglu is faster than `apart`, a product and SwiGLU one after the other: measured as above, or by
     what is known of large batches."""
     num_tokens, num_rows, size = x.shape[0], *gate_up.shape
-    if not gemm.runs_on(x.device) or num_rows % 16 or size % 8:
+    if not is_hopper(x.device) or num_rows % 16 or size % 8:
         return False
     product = Product(num_tokens, num_rows, size, x.dtype, x.device)
     if product not in _fused:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from llama3.device import is_hopper
 from llama3.errors import UserError
 from llama3.ops.tensor_error import wrong_tensor
 
@@ -56,11 +57,6 @@ def arguments(
     sizes = {"num_tokens": num_tokens, "num_rows": num_rows, "size": size, "eps": eps, "form": form}
     stream = torch.cuda.current_stream(x.device).cuda_stream
     return out, pointers | sizes | {"overlap": True, "stream": stream}
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache
