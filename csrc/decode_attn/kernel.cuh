@@ -24,8 +24,8 @@ template <int kHeadDim>
 struct Shared {
     static constexpr int kSlots = QuerySlot<kHeadDim>::kCount;
     Ring ring;
-    uint32_t slot_barriers;  // full [kSlots], empty [kSlots]
-    uint32_t merge_barrier;  // of all computing threads: a piece ends
+    uint32_t slot_barriers;   // full [kSlots], empty [kSlots]
+    uint32_t merge_barriers;  // [kWarpsPerTile], each of two warps, one of either tile group: a piece ends
     QuerySlot<kHeadDim>* slots;
     Share* share;
     TileExchange* tile_exchange;
@@ -35,7 +35,7 @@ struct Shared {
         const uint32_t base = common::shared_address(memory);
         ring = {base + SharedLayout::kRing, base + SharedLayout::kBarriers, stages};
         slot_barriers = base + SharedLayout::kBarriers + 4 * kMaxStages * 8;
-        merge_barrier = base + SharedLayout::kMergeBarrier;
+        merge_barriers = base + SharedLayout::kMergeBarriers;
         slots = reinterpret_cast<QuerySlot<kHeadDim>*>(memory + layout.queries);
         share = reinterpret_cast<Share*>(memory + SharedLayout::kShare);
         tile_exchange = reinterpret_cast<TileExchange*>(memory + SharedLayout::kTileExchange);
@@ -111,8 +111,8 @@ __device__ __forceinline__ void compute(const Params& p, const Shared<kHeadDim>&
 
         Result result;
         const auto sync = [&] {  // no named barrier: racecheck follows those of part of a block only in part
-            common::mbarrier_arrive(shared.merge_barrier);
-            common::mbarrier_wait(shared.merge_barrier, turn);
+            common::mbarrier_arrive(shared.merge_barriers + slice * 8);
+            common::mbarrier_wait(shared.merge_barriers + slice * 8, turn);
         };
         const int column = merge_groups<kHeadDim>(result, state, shared.group_exchange[turn], sync, warp, lane);
         if (column < 0) continue;
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<kHeadDim>())
 #pragma unroll 1
             for (int i = warp; i < 2 * shared.kSlots; i += kComputeWarps)
                 common::mbarrier_init(shared.slot_barriers + i * 8, i < shared.kSlots ? 32 : kComputeThreads);
-            if (warp == 0) common::mbarrier_init(shared.merge_barrier, kComputeThreads);
+            if (warp < kWarpsPerTile) common::mbarrier_init(shared.merge_barriers + warp * 8, kTileGroups * 32);
             common::fence_barrier_init();
         }
         __syncthreads();

@@ -106,14 +106,14 @@ struct TileExchange {
 // What the tile groups give each other at the end of a piece: O of 16 columns, and their states.
 struct GroupExchange {
     float4 o[kComputeWarps][32];
-    float4 state[kTileGroups][4];
+    float4 state[kComputeWarps][4];
 };
 
 // Dynamic shared memory: barriers and exchange first, then what depends on the launch.
 struct SharedLayout {
     static constexpr int kBarriers = 0;  // of the ring's stages, then of the slots
-    static constexpr int kMergeBarrier = 8 * (4 * kMaxStages + 2 * kMaxQuerySlots);
-    static constexpr int kShare = kMergeBarrier + 8;
+    static constexpr int kMergeBarriers = 8 * (4 * kMaxStages + 2 * kMaxQuerySlots);  // [kWarpsPerTile]
+    static constexpr int kShare = kMergeBarriers + 8 * kWarpsPerTile;
     static constexpr int kTileExchange = 512;    // [kTileGroups]
     static constexpr int kGroupExchange = 3072;  // [2]: pieces take turns
     static constexpr int kRing = 12 * 1024;      // a multiple of the swizzle's period

@@ -181,8 +181,8 @@ struct Result {
 };
 
 // The two tile groups give each other half of their columns, or, where a warp has but 16, the second group gives the
-// first one all. All computing warps take part; `sync` is their barrier. Returns the first of the 16 columns that
-// `result` is for; -1: none.
+// first one all. The two warps that hold the same columns do so by themselves: each has all of its group's softmax
+// state. `sync` is their barrier. Returns the first of the 16 columns that `result` is for; -1: none.
 template <int kHeadDim, typename Sync>
 __device__ __forceinline__ int merge_groups(Result& result, const GroupState<kHeadDim>& state, GroupExchange& exchange,
                                             Sync sync, int warp, int lane) {
@@ -193,13 +193,13 @@ __device__ __forceinline__ int merge_groups(Result& result, const GroupState<kHe
         return second ? float4{b[0], b[1], b[2], b[3]} : float4{a[0], a[1], a[2], a[3]};
     };
     if (kSwap || group == 1) exchange.o[warp][lane] = part(group == 0);
-    if (warp % kWarpsPerTile == 0 && lane < 4)
-        exchange.state[group][lane] = {state.max[0], state.sum[0], state.max[1], state.sum[1]};
+    if (lane < 4) exchange.state[warp][lane] = {state.max[0], state.sum[0], state.max[1], state.sum[1]};
     sync();
     if (!kSwap && group == 1) return -1;
     const float4 mine = part(group == 1);
     result = {{state.max[0], state.max[1]}, {state.sum[0], state.sum[1]}, {mine.x, mine.y, mine.z, mine.w}};
-    result.add(exchange.state[1 - group][lane & 3], exchange.o[warp ^ kWarpsPerTile][lane]);
+    const int other = warp ^ kWarpsPerTile;
+    result.add(exchange.state[other][lane & 3], exchange.o[other][lane]);
     return GroupState<kHeadDim>::column(warp, kSwap ? group : 0);
 }
 
