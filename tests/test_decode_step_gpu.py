@@ -152,8 +152,9 @@ def relative_error(a: torch.Tensor, truth: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_appended_token_against_fp32(name: str) -> None:
-    rig = Rig(CONFIGS[name], max_len=1100)
-    for context in (0, 1, 63, 64, 65, 127, 128, 191, 320, 513, 1000):
+    # Tiles of 64 tokens: within one round of a warp, in two rounds of one block, and in two to six a split.
+    rig = Rig(CONFIGS[name], max_len=5760)
+    for context in (0, 1, 63, 64, 65, 127, 128, 191, 256, 320, 460, 511, 513, 1000, 2112, 5500):
         rig.fill(context)
         truth, new_k, new_v = rig.truth(context, torch.float32)
         same_precision = rig.truth(context, torch.bfloat16)[0]

@@ -30,6 +30,7 @@ struct Attention {
     static constexpr float kNoScore = -1e30f;  // the maximum of nothing, finite so that differences are
 
     static constexpr int kFresh = D / 64;  // 16-byte vectors of the new key and value a lane
+    static constexpr int kInSlot = kSlotBytes / (2 * kTileBytes), kRound = 2 * kInSlot;  // tiles taken at a time
 
     uint32_t q[2 * kPieces][4];
     uint4 fresh[kFresh];                  // words of the new key and value, in the warp that appends them
@@ -88,46 +89,49 @@ struct Attention {
         }
     }
 
-    // Two tiles' keys and then values at shared addresses tile[.]; of this warp's 8 tokens the first count[.] exist.
-    __device__ __forceinline__ void update(const uint32_t (&tile)[2], const int (&count)[2], int warp, int lane) {
+    // Shared address of tile i of a round: its keys, and then its values. The round lies in two slots of the ring.
+    __device__ __forceinline__ static uint32_t tile_of(const uint32_t (&slot)[2], int i) {
+        return (i < kInSlot ? slot[0] : slot[1]) + i % kInSlot * (2 * kTileBytes);
+    }
+
+    // Attends to a round's tiles; of this warp's 8 tokens of tile i the first count - 64 i exist.
+    __device__ __forceinline__ void update(const uint32_t (&slot)[2], int count, int warp, int lane) {
         const int g = lane >> 2, t = lane & 3;
-        uint4 k[2][kPieces];
+        uint4 k[kRound][kPieces], v[kRound][2][kHalves];
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < kRound; ++i)
 #pragma unroll
             for (int j = 0; j < kPieces;
                  ++j)  // neighbouring tokens in another order, so that they read different banks
-                k[i][j] = load_shared(tile[i] + (warp * 8 + g) * kRowBytes + (j ^ (g & 1)) * 64 + t * 16);
-        float c[2][2][4] = {};
+                k[i][j] = load_shared(tile_of(slot, i) + (warp * 8 + g) * kRowBytes + (j ^ (g & 1)) * 64 + t * 16);
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-            for (int j = 0; j < kPieces; ++j) {
-                const uint4 piece = g & 1 ? k[i][j ^ 1] : k[i][j];
-                multiply(c[i][0], q[2 * j], piece.x, piece.y);
-                multiply(c[i][1], q[2 * j + 1], piece.z, piece.w);
-            }
-        uint4 v[2][2][kHalves];
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < kRound; ++i)
 #pragma unroll
             for (int n = 0; n < 2; ++n)
 #pragma unroll
                 for (int h = 0; h < kHalves; ++h) {
-                    v[i][n][h] =
-                        load_shared(tile[i] + kTileBytes + (warp * 8 + 2 * t + n) * kRowBytes + h * 128 + g * 16);
+                    v[i][n][h] = load_shared(tile_of(slot, i) + kTileBytes + (warp * 8 + 2 * t + n) * kRowBytes +
+                                             h * 128 + g * 16);
                     // Past the context's end lies whatever was there, NaN perhaps, which a weight of 0 does not remove.
-                    if (2 * t + n >= count[i]) v[i][n][h] = make_uint4(0, 0, 0, 0);
+                    if (2 * t + n >= count - i * kTileTokens) v[i][n][h] = make_uint4(0, 0, 0, 0);
                 }
-        float score[2][2], largest = maximum;
+        float score[kRound][2], largest = maximum;
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < kRound; ++i) {
+            float c[2][4] = {};
+#pragma unroll
+            for (int j = 0; j < kPieces; ++j) {
+                const uint4 piece = g & 1 ? k[i][j ^ 1] : k[i][j];
+                multiply(c[0], q[2 * j], piece.x, piece.y);
+                multiply(c[1], q[2 * j + 1], piece.z, piece.w);
+            }
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                score[i][n] = c[i][0][n] + c[i][0][n + 2] + c[i][1][n] + c[i][1][n + 2];
-                if (2 * t + n >= count[i]) score[i][n] = -INFINITY;
+                score[i][n] = c[0][n] + c[0][n + 2] + c[1][n] + c[1][n + 2];
+                if (2 * t + n >= count - i * kTileTokens) score[i][n] = -INFINITY;
                 largest = fmaxf(largest, score[i][n]);
             }
+        }
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
         if (__any_sync(0xffffffffu, largest > maximum)) {
@@ -139,23 +143,28 @@ struct Attention {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) out[i][e] *= factor;
         }
-        uint32_t weight[4];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float first = fast_exp2(score[i][0] - maximum), second = fast_exp2(score[i][1] - maximum);
-            sum += first + second;
-            split(first, second, weight[2 * i], weight[2 * i + 1]);
-        }
+        for (int i = 0; i < kRound; i += 2) {
+            if (i > 0 && count <= i * kTileTokens) break;
+            uint32_t weight[4];
 #pragma unroll
-        for (int h = 0; h < kHalves; ++h) {
-            const auto both = [&](int i, uint32_t a, uint32_t b, uint32_t a2, uint32_t b2) {
-                multiply(out[8 * h + 2 * i], weight, __byte_perm(a, b, 0x5410), __byte_perm(a2, b2, 0x5410));
-                multiply(out[8 * h + 2 * i + 1], weight, __byte_perm(a, b, 0x7632), __byte_perm(a2, b2, 0x7632));
-            };
-            both(0, v[0][0][h].x, v[0][1][h].x, v[1][0][h].x, v[1][1][h].x);
-            both(1, v[0][0][h].y, v[0][1][h].y, v[1][0][h].y, v[1][1][h].y);
-            both(2, v[0][0][h].z, v[0][1][h].z, v[1][0][h].z, v[1][1][h].z);
-            both(3, v[0][0][h].w, v[0][1][h].w, v[1][0][h].w, v[1][1][h].w);
+            for (int n = 0; n < 2; ++n) {
+                const float first = fast_exp2(score[i + n][0] - maximum), second = fast_exp2(score[i + n][1] - maximum);
+                sum += first + second;
+                split(first, second, weight[2 * n], weight[2 * n + 1]);
+            }
+#pragma unroll
+            for (int h = 0; h < kHalves; ++h) {
+                const uint4 a = v[i][0][h], b = v[i][1][h], a2 = v[i + 1][0][h], b2 = v[i + 1][1][h];
+                const auto both = [&](int e, uint32_t a, uint32_t b, uint32_t a2, uint32_t b2) {
+                    multiply(out[8 * h + 2 * e], weight, __byte_perm(a, b, 0x5410), __byte_perm(a2, b2, 0x5410));
+                    multiply(out[8 * h + 2 * e + 1], weight, __byte_perm(a, b, 0x7632), __byte_perm(a2, b2, 0x7632));
+                };
+                both(0, a.x, b.x, a2.x, b2.x);
+                both(1, a.y, b.y, a2.y, b2.y);
+                both(2, a.z, b.z, a2.z, b2.z);
+                both(3, a.w, b.w, a2.w, b2.w);
+            }
         }
     }
 
@@ -188,46 +197,59 @@ struct Attention {
 // Rotates the new key and puts key and value into the cache, for later steps, and into their rows of the tile in the
 // ring, where the others are. One warp.
 template <int D>
-__device__ __forceinline__ void append_token(const Params& p, const Step& step, int head, int layer,
-                                             const uint4 (&fresh)[D / 64], uint32_t tile_row, int lane) {
-    const int64_t block = *p.slot * static_cast<int64_t>(p.blocks_per_slot) + step.position / kTileTokens;
-    const int64_t target = layer * p.stride_cache_layer +
-                           ((block * p.num_kv_heads + head) * kTileTokens + step.position % kTileTokens) * D;
-    const int64_t angle = static_cast<int64_t>(step.position) * (D / 2) + lane * 4 % (D / 2);
-    const float4 c = __ldg(reinterpret_cast<const float4*>(p.cos + angle));
-    const float4 s = __ldg(reinterpret_cast<const float4*>(p.sin + angle));
-#pragma unroll
-    for (int i = 0; i < D / 64; ++i) {
-        const bool is_value = i * 32 + lane >= D / 4;
-        const int d = (i * 32 + lane) % (D / 4) * 4;
-        const float sign = d < D / 2 ? -1.f : 1.f;
-        const auto turned = [&](uint32_t word, float cosine, float sine) {
-            const float x = untag(word), other = __shfl_xor_sync(0xffffffffu, x, D / 8);
-            return is_value ? x : x * cosine + sign * other * sine;
-        };
-        const float x = turned(fresh[i].x, c.x, s.x), y = turned(fresh[i].y, c.y, s.y);
-        const float z = turned(fresh[i].z, c.z, s.z), w = turned(fresh[i].w, c.w, s.w);
-        const uint2 rounded = {common::Pack<bf16>::from_floats(x, y), common::Pack<bf16>::from_floats(z, w)};
-        *reinterpret_cast<uint2*>((is_value ? p.v_cache : p.k_cache) + target + d) = rounded;
-        asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(tile_row + (is_value ? kTileTokens * D * 2 : 0) + d * 2),
-                     "r"(rounded.x), "r"(rounded.y)
-                     : "memory");
+struct Append {
+    int64_t target;  // of the key and the value in the cache
+    float4 c, s;     // the angles of this lane's four elements
+
+    // Asks for what it needs besides the token's words.
+    __device__ __forceinline__ Append(const Params& p, const Step& step, int head, int layer, int lane) {
+        const int64_t block = *p.slot * static_cast<int64_t>(p.blocks_per_slot) + step.position / kTileTokens;
+        target = layer * p.stride_cache_layer +
+                 ((block * p.num_kv_heads + head) * kTileTokens + step.position % kTileTokens) * D;
+        const int64_t angle = static_cast<int64_t>(step.position) * (D / 2) + lane * 4 % (D / 2);
+        c = __ldg(reinterpret_cast<const float4*>(p.cos + angle));
+        s = __ldg(reinterpret_cast<const float4*>(p.sin + angle));
     }
-    // Before the slot's next copy.
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncwarp();
+
+    __device__ __forceinline__ void put(const Params& p, const uint4 (&fresh)[D / 64], uint32_t tile_row,
+                                        int lane) const {
+#pragma unroll
+        for (int i = 0; i < D / 64; ++i) {
+            const bool is_value = i * 32 + lane >= D / 4;
+            const int d = (i * 32 + lane) % (D / 4) * 4;
+            const float sign = d < D / 2 ? -1.f : 1.f;
+            const auto turned = [&](uint32_t word, float cosine, float sine) {
+                const float x = untag(word), other = __shfl_xor_sync(0xffffffffu, x, D / 8);
+                return is_value ? x : x * cosine + sign * other * sine;
+            };
+            const float x = turned(fresh[i].x, c.x, s.x), y = turned(fresh[i].y, c.y, s.y);
+            const float z = turned(fresh[i].z, c.z, s.z), w = turned(fresh[i].w, c.w, s.w);
+            const uint2 rounded = {common::Pack<bf16>::from_floats(x, y), common::Pack<bf16>::from_floats(z, w)};
+            *reinterpret_cast<uint2*>((is_value ? p.v_cache : p.k_cache) + target + d) = rounded;
+            asm volatile(
+                "st.shared.v2.u32 [%0], {%1, %2};" ::"r"(tile_row + (is_value ? kTileTokens * D * 2 : 0) + d * 2),
+                "r"(rounded.x), "r"(rounded.y)
+                : "memory");
+        }
+        // Before the slot's next copy.
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+    }
+};
+
+// Output i of the head's group * D, in the order of `output_element`.
+template <int D>
+__device__ __forceinline__ void publish_output(const Params& p, int head, int i, float value, uint32_t use) {
+    const int element = i / D * D + Attention<D>::output_element(i % D);
+    publish(p.attn + packet_index(head * p.group * D + element), value, use);
 }
 
-// All partial results of this block, and then of the head's other blocks, into p.attn.
+// The warps' partial results, into p.attn, or if the head has other blocks, to where they find them.
 template <int D>
-__device__ __forceinline__ void merge(const Params& p, const AttentionWork& work, const float* scratch,
-                                      const float2* states, uint32_t use, int thread, SharedState& shared) {
+__device__ __forceinline__ void merge_warps(const Params& p, const AttentionWork& work, const float* scratch,
+                                            const float2* states, uint32_t use, int thread) {
     const int group = p.group, outputs = group * D;
     const int row = work.head * p.max_splits + work.split;
-    const auto publish_output = [&](int i, float value) {
-        const int element = i / D * D + Attention<D>::output_element(i % D);
-        publish(p.attn + packet_index(work.head * outputs + element), value, use);
-    };
 #pragma unroll 1
     for (int i = thread; i < outputs; i += kMathThreads) {
         const int g = i / D;
@@ -246,7 +268,7 @@ __device__ __forceinline__ void merge(const Params& p, const AttentionWork& work
             out = fmaf(factor, part[w], out);
         }
         if (work.num_splits == 1) {
-            publish_output(i, __fdividef(out, sum));
+            publish_output<D>(p, work.head, i, __fdividef(out, sum), use);
             continue;
         }
         publish(p.split_out + row * outputs + i, __float_as_uint(out), use);
@@ -255,39 +277,66 @@ __device__ __forceinline__ void merge(const Params& p, const AttentionWork& work
             publish(p.split_state + (row * group + g) * 2 + 1, __float_as_uint(sum), use);
         }
     }
-    if (work.num_splits == 1) return;
+}
 
-    // Each split's block merges its share of the outputs, `num_splits` lanes an output.
-    PROFILE_BEGIN(merge_began);
-    const int splits = work.num_splits, split = thread & (splits - 1), share = outputs / splits;
+// The block's share of the outputs, merged over the head's blocks, into p.attn. A warp takes eight at a time, a lane
+// two of them and every eighth split: what it polls is 64 bytes a split, and few warps poll.
+template <int D>
+__device__ __forceinline__ void merge_splits(const Params& p, const AttentionWork& work, uint32_t use, int warp,
+                                             int lane) {
+    constexpr int kOutputs = 8, kRequests = kMaxSplits / 8;
+    const int outputs = p.group * D, share = outputs / work.num_splits;
 #pragma unroll 1
-    for (int n = thread; n < outputs; n += kMathThreads) {
-        const int i = work.split * share + n / splits, other = work.head * p.max_splits + split;
-        const uint64_t* state = p.split_state + (other * group + i / D) * 2;
-        const uint64_t* from[3] = {p.split_out + other * outputs + i, state, state + 1};
-        uint64_t pair[3];
+    for (int n = warp * kOutputs; n < share; n += kMathWarps * kOutputs) {
+        const int i = work.split * share + min(n + lane % 4 * 2, share - 2);
+        ulonglong2 out[kRequests], state[kRequests];  // (value, tag) of two outputs, of maximum and sum
         Watchdog watchdog;
-        for (;;) {
-#pragma unroll
-            for (int k = 0; k < 3; ++k) pair[k] = load_volatile(from[k]);
-            if (pair[0] >> 32 == use && pair[1] >> 32 == use && pair[2] >> 32 == use) break;
+        bool done;
+        do {
             watchdog.check();
+            done = true;
+#pragma unroll
+            for (int r = 0; r < kRequests; ++r) {
+                const int split = r * 8 + lane / 4, row = work.head * p.max_splits + split;
+                if (split < work.num_splits) {
+                    out[r] = load_volatile(reinterpret_cast<const ulonglong2*>(p.split_out + row * outputs + i));
+                    state[r] =
+                        load_volatile(reinterpret_cast<const ulonglong2*>(p.split_state + (row * p.group + i / D) * 2));
+                } else {
+                    const uint64_t tag = static_cast<uint64_t>(use) << 32;
+                    out[r] = {tag, tag};
+                    state[r] = {tag | __float_as_uint(Attention<D>::kNoScore), tag};
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < kRequests; ++r)
+                done &= out[r].x >> 32 == use && out[r].y >> 32 == use && state[r].x >> 32 == use &&
+                        state[r].y >> 32 == use;
+        } while (!__all_sync(0xffffffffu, done));
+        const auto value = [](uint64_t pair) { return __uint_as_float(static_cast<uint32_t>(pair)); };
+        float largest = Attention<D>::kNoScore, sum = 0.f, first = 0.f, second = 0.f;
+#pragma unroll
+        for (int r = 0; r < kRequests; ++r) largest = fmaxf(largest, value(state[r].x));
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
+#pragma unroll
+        for (int r = 0; r < kRequests; ++r) {
+            const float factor = fast_exp2(value(state[r].x) - largest);
+            sum = fmaf(factor, value(state[r].y), sum);
+            first = fmaf(factor, value(out[r].x), first);
+            second = fmaf(factor, value(out[r].y), second);
         }
-        __syncwarp();
-        float out = __uint_as_float(static_cast<uint32_t>(pair[0]));
-        const float maximum = __uint_as_float(static_cast<uint32_t>(pair[1]));
-        float sum = __uint_as_float(static_cast<uint32_t>(pair[2])), largest = maximum;
-        for (int mask = splits / 2; mask > 0; mask /= 2)
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
-        const float factor = fast_exp2(maximum - largest);
-        sum *= factor, out *= factor;
-        for (int mask = splits / 2; mask > 0; mask /= 2) {
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) {
             sum += __shfl_xor_sync(0xffffffffu, sum, mask);
-            out += __shfl_xor_sync(0xffffffffu, out, mask);
+            first += __shfl_xor_sync(0xffffffffu, first, mask);
+            second += __shfl_xor_sync(0xffffffffu, second, mask);
         }
-        if (split == 0) publish_output(i, __fdividef(out, sum));
+        if (lane < 4 && n + lane * 2 < share) {
+            publish_output<D>(p, work.head, i, __fdividef(first, sum), use);
+            publish_output<D>(p, work.head, i + 1, __fdividef(second, sum), use);
+        }
     }
-    PROFILE_END(shared, 18, merge_began);
 }
 
 template <int D>
@@ -301,37 +350,42 @@ __device__ __forceinline__ void attention(const Params& p, const Step& step, int
     const int group = p.group;
     float2* states = reinterpret_cast<float2*>(scratch + kMathWarps * group * (D + kOutPadding));
 
-    PROFILE_BEGIN(q_began);
+    using State = Attention<D>;
     const int new_tile = step.position / kTileTokens, new_row = step.position % kTileTokens;
     const bool appends = new_tile < work.tile_end && new_row / 8 == warp;
-    Attention<D> state;
+    const Append<D> append(p, step, work.head, layer, lane);
+    State state;
+    PROFILE_BEGIN(q_began);
     state.load_words(p, step, use, work.head, group, appends, lane);
     PROFILE_END(shared, 15, q_began);
 
     PROFILE_BEGIN(tiles_began);
-    constexpr int kTileBytes = Attention<D>::kTileBytes, kInSlot = kSlotBytes / (2 * kTileBytes);
+    const int end = min(step.position + 1, work.tile_end * kTileTokens);
 #pragma unroll 1
-    for (int first = work.tile_begin; first < work.tile_end; first += 2) {
-        const bool has_second = first + 1 < work.tile_end;
-        uint32_t tile[2];
-        tile[0] = ring.acquire();
-        tile[1] = kInSlot == 2 ? tile[0] + 2 * kTileBytes : has_second ? ring.acquire() : tile[0];
-        const int before = step.position + 1 - first * kTileTokens - warp * 8;
-        const int count[2] = {before, has_second ? before - kTileTokens : 0};
-        if (appends && new_tile - first < 2)
-            append_token<D>(p, step, work.head, layer, state.fresh,
-                            (new_tile == first ? tile[0] : tile[1]) + new_row * Attention<D>::kRowBytes, lane);
-        if (before > 0) state.update(tile, count, warp, lane);
+    for (int first = work.tile_begin; first < work.tile_end; first += State::kRound) {
+        const bool has_second = first + State::kInSlot < work.tile_end;
+        uint32_t slot[2];
+        slot[0] = slot[1] = ring.acquire();
+        if (has_second) slot[1] = ring.acquire();
+        if (appends && new_tile - first < State::kRound)
+            append.put(p, state.fresh, State::tile_of(slot, new_tile - first) + new_row * State::kRowBytes, lane);
+        const int count = end - first * kTileTokens - warp * 8;
+        if (count > 0) state.update(slot, count, warp, lane);
         ring.release(lane);
-        if (kInSlot == 1 && has_second) ring.release(lane);
+        if (has_second) ring.release(lane);
     }
     PROFILE_END(shared, 16, tiles_began);
 
     PROFILE_BEGIN(combine_began);
     state.store(scratch, states, group, warp, lane);
     common::named_sync(1, kMathThreads);
-    merge<D>(p, work, scratch, states, use, warp * 32 + lane, shared);
+    merge_warps<D>(p, work, scratch, states, use, warp * 32 + lane);
     PROFILE_END(shared, 17, combine_began);
+    if (work.num_splits > 1) {
+        PROFILE_BEGIN(merge_began);
+        merge_splits<D>(p, work, use, warp, lane);
+        PROFILE_END(shared, 18, merge_began);
+    }
 
     // The new token must be visible before anything that this block publishes from here on, and so to every loader of
     // the next step.

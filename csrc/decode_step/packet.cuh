@@ -46,6 +46,13 @@ __device__ __forceinline__ uint64_t load_volatile(const uint64_t* p) {
     return v;
 }
 
+// Each of the two words arrives as a whole.
+__device__ __forceinline__ ulonglong2 load_volatile(const ulonglong2* p) {
+    ulonglong2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ void publish(uint32_t* p, float value, uint32_t use) {
     const uint32_t word = (__float_as_uint(value) & ~3u) | (use & 3u);
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(word) : "memory");

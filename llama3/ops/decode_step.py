@@ -23,7 +23,7 @@ OPS = ("qkv", "o", "gate_up", "down", "head")  # the order of decode_step::Op
 # Chunks of up to 32 KB that a multiprocessor requests ahead of their arrival: in the middle of a long projection, and
 # from EXCHANGE_CHUNKS before its end until the next one's input is there. Measured on one H200 (docs/log.md).
 MAX_STREAMING, MAX_EXCHANGING, EXCHANGE_CHUNKS = 2, 1, 2
-SINGLE_SPLIT_TILES = 4  # tiles of 64 tokens that one block attends to alone: a second one costs an exchange
+SINGLE_SPLIT_SLOTS = 4  # of the ring, whose tokens one block attends to alone: a second one costs an exchange
 MIN_SLOTS = 4  # of the ring; below, memory would idle at every exchange between blocks
 
 
@@ -105,6 +105,7 @@ class DecodeStep:
             return torch.zeros(count, dtype=dtype, device=self._device)
 
         pairs = config.num_kv_heads * max_splits * group
+        tile_bytes = 2 * BLOCK_SIZE * config.head_dim * 2  # keys and values of one head in a block of the cache
         self._buffers = {
             "x_attn": zeros(config.hidden_size),
             "x_mlp": zeros(config.hidden_size),
@@ -164,7 +165,7 @@ class DecodeStep:
             "max_exchanging": MAX_EXCHANGING,
             "exchange_chunks": EXCHANGE_CHUNKS,
             "max_splits": max_splits,
-            "single_split_tiles": SINGLE_SPLIT_TILES,
+            "single_split_tiles": SINGLE_SPLIT_SLOTS * library().slot_bytes // tile_bytes,
             "num_stop_ids": state.max_stop_ids,
         }
         for name, value in numbers.items():
