@@ -96,7 +96,9 @@ class TestLibrary:
     """The compiled library, which loads and rejects arguments without a GPU."""
 
     def launch(self, **changes):
-        values = dict.fromkeys(("out", "lse", "lengths", "slots", "block_table", "cos", "sin", "partials", "stream"), 0)
+        values = dict.fromkeys(
+            ("out", "lse", "lengths", "slots", "block_table", "cos", "sin", "partials", "partials_size", "stream"), 0
+        )
         values |= dict.fromkeys(("q", "k_cache", "v_cache"), 1 << 20)
         values |= {"q_strides": (4096, 128), "out_strides": (4096, 128)}
         values |= {

@@ -19,7 +19,7 @@ DISTINCT_TOKENS = 1 << 18
 
 
 def run(case: Case, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse, both dirty before; checks that the workspace is as empty after the call as it was before."""
+    """out and lse, both dirty before; checks that the workspace is ready for the next call."""
     workspace = ops.make_workspace("cuda")
     clean = workspace.clone()
     out = torch.full_like(case.q, float("nan"))
@@ -28,8 +28,19 @@ def run(case: Case, **options) -> tuple[torch.Tensor, torch.Tensor]:
         case.q, case.k_cache, case.v_cache, case.lengths, **case.rows, out=out, lse=lse, workspace=workspace, **options
     )
     torch.cuda.synchronize()
-    assert torch.equal(workspace, clean)
+    assert_ready(workspace, clean, 1)
     return out, lse
+
+
+def assert_ready(workspace: torch.Tensor, clean: torch.Tensor, launches: int) -> None:
+    """All ranges have counted the launches, and the next one's buffer is empty: 16 bytes are if their first word is."""
+    size, (ranges, fresh) = (
+        ops.library().partial_floats,
+        (w.view(-1, ops.library().range_floats) for w in (workspace, clean)),
+    )
+    assert ranges[:, 2 * size].tolist() == [launches] * len(ranges)
+    begin = launches % 2 * size
+    assert torch.equal(ranges[:, begin : begin + size : 4], fresh[:, begin : begin + size : 4])
 
 
 def compare(case: Case, out, lse, expected_out, expected_lse) -> float:
@@ -112,6 +123,19 @@ def test_repeats_are_bitwise_equal_and_grids_agree():
         assert_close(run(case, grid=grid)[0], case, reference)
     for min_tiles in (2, 5, 100):
         assert_close(run(case, min_tiles=min_tiles)[0], case, reference)
+
+
+def test_one_workspace_serves_all_grids():
+    case = make_case([3000, 10, 700, 0], 32, 8, 128)
+    reference, workspace = truth(case)[0], ops.make_workspace("cuda")
+    clean = workspace.clone()
+    for launches, grid in enumerate((0, 5, 0, 0, 60, 1, 2, 0, 131, 0), 1):
+        out = ops.decode_attn(
+            case.q, case.k_cache, case.v_cache, case.lengths, **case.rows, workspace=workspace, grid=grid
+        )
+        torch.cuda.synchronize()
+        assert_close(out, case, reference)
+        assert_ready(workspace, clean, launches)
 
 
 def test_one_graph_serves_all_lengths():

@@ -77,6 +77,18 @@ __device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+// True in one lane of a warp whose lanes are all here. The compiler knows that it is one: instructions that take their
+// operands from uniform registers then need no loop over the lanes, as they do behind `lane == 0`.
+__device__ __forceinline__ bool elect_one() {
+#if __CUDA_ARCH__ >= 900
+    uint32_t elected;
+    asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(elected));
+    return elected;
+#else
+    return threadIdx.x % 32 == 0;
+#endif
+}
+
 // ---- named barriers over `threads` threads of the block
 __device__ __forceinline__ void named_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -26,8 +26,8 @@ T* pointer(uintptr_t address) {
 void decode(uintptr_t q, Strides2 q_strides, uintptr_t k_cache, Strides3 k_strides, uintptr_t v_cache,
             Strides3 v_strides, uintptr_t out, Strides2 out_strides, uintptr_t lse, uintptr_t lengths, uintptr_t slots,
             int blocks_per_slot, uintptr_t block_table, int64_t table_stride, uintptr_t cos, uintptr_t sin,
-            uintptr_t partials, int batch, int num_heads, int num_kv_heads, int head_dim, int num_blocks, float scale,
-            int dtype, int grid, int min_tiles, int version, bool pdl, uintptr_t stream) {
+            uintptr_t partials, int64_t partials_size, int batch, int num_heads, int num_kv_heads, int head_dim,
+            int num_blocks, float scale, int dtype, int grid, int min_tiles, int version, bool pdl, uintptr_t stream) {
     if (num_kv_heads < 1 || num_heads % num_kv_heads != 0)
         throw std::invalid_argument("num_heads must be a multiple of num_kv_heads");
     Params p{};
@@ -40,6 +40,7 @@ void decode(uintptr_t q, Strides2 q_strides, uintptr_t k_cache, Strides3 k_strid
     p.slots = pointer<int>(slots);
     p.block_table = pointer<int>(block_table);
     p.partials = pointer<float>(partials);
+    p.ranges = static_cast<int>(partials_size / decode_attn::kRangeFloats);
     p.cos = pointer<float>(cos);
     p.sin = pointer<float>(sin);
     p.stride_q_row = q_strides[0], p.stride_q_head = q_strides[1];
@@ -72,11 +73,14 @@ PYBIND11_MODULE(decode_attn, module) {
     module.attr("block_size") = decode_attn::kBlockSize;
     module.attr("max_group") = decode_attn::kMaxGroup;
     module.attr("empty_word") = decode_attn::kEmptyWord;
+    module.attr("partial_floats") = decode_attn::kPartialFloats;
+    module.attr("range_floats") = decode_attn::kRangeFloats;
     using namespace py::literals;
     module.def(
         "first_tiles",
         [](int tiles, int grid, int min_tiles) {
-            const auto split = decode_attn::Split::of(tiles, grid, decode_attn::Quotient::inverse(grid), min_tiles);
+            const auto split =
+                decode_attn::Split::of(tiles, grid, decode_attn::inverse(static_cast<float>(grid)), min_tiles);
             std::vector<int> first;
             for (int range = 0; range <= grid; ++range) first.push_back(split.begin(range));
             return first;
@@ -86,7 +90,8 @@ PYBIND11_MODULE(decode_attn, module) {
     module.def(
         "range_of",
         [](int tile, int tiles, int grid, int min_tiles) {
-            return decode_attn::Split::of(tiles, grid, decode_attn::Quotient::inverse(grid), min_tiles).range_of(tile);
+            return decode_attn::Split::of(tiles, grid, decode_attn::inverse(static_cast<float>(grid)), min_tiles)
+                .range_of(tile);
         },
         "tile"_a, "tiles"_a, "grid"_a, "min_tiles"_a);
     module.def(
@@ -98,7 +103,7 @@ PYBIND11_MODULE(decode_attn, module) {
         "version"_a, "batch"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "grid"_a);
     module.def("decode", &decode, py::kw_only(), "q"_a, "q_strides"_a, "k_cache"_a, "k_strides"_a, "v_cache"_a,
                "v_strides"_a, "out"_a, "out_strides"_a, "lse"_a, "lengths"_a, "slots"_a, "blocks_per_slot"_a,
-               "block_table"_a, "table_stride"_a, "cos"_a, "sin"_a, "partials"_a, "batch"_a, "num_heads"_a,
-               "num_kv_heads"_a, "head_dim"_a, "num_blocks"_a, "scale"_a, "dtype"_a, "grid"_a, "min_tiles"_a,
-               "version"_a, "pdl"_a, "stream"_a);
+               "block_table"_a, "table_stride"_a, "cos"_a, "sin"_a, "partials"_a, "partials_size"_a, "batch"_a,
+               "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_blocks"_a, "scale"_a, "dtype"_a, "grid"_a,
+               "min_tiles"_a, "version"_a, "pdl"_a, "stream"_a);
 }

@@ -26,6 +26,7 @@ struct Shared {
     Ring ring;
     uint32_t slot_barriers;   // full [kSlots], empty [kSlots]
     uint32_t merge_barriers;  // [kWarpsPerTile], each of two warps, one of either tile group: a piece ends
+    uint32_t share_barrier;   // `share` and the rows are there
     QuerySlot<kHeadDim>* slots;
     Share* share;
     TileExchange* tile_exchange;
@@ -36,6 +37,7 @@ struct Shared {
         ring = {base + SharedLayout::kRing, base + SharedLayout::kBarriers, stages};
         slot_barriers = base + SharedLayout::kBarriers + 4 * kMaxStages * 8;
         merge_barriers = base + SharedLayout::kMergeBarriers;
+        share_barrier = base + SharedLayout::kShareBarrier;
         slots = reinterpret_cast<QuerySlot<kHeadDim>*>(memory + layout.queries);
         share = reinterpret_cast<Share*>(memory + SharedLayout::kShare);
         tile_exchange = reinterpret_cast<TileExchange*>(memory + SharedLayout::kTileExchange);
@@ -117,10 +119,12 @@ __device__ __forceinline__ void compute(const Params& p, const Shared<kHeadDim>&
         const int column = merge_groups<kHeadDim>(result, state, shared.group_exchange[turn], sync, warp, lane);
         if (column < 0) continue;
         if (piece.others < 0) {
-            publish(result, p, range, column, lane);
+            publish(result, p, range, piece.buffer, column, lane);
         } else {
-            if (piece.others > 0) collect(result, p, range + 1, piece.others, column, lane);
-            write_output<T>(result, p, piece.row, piece.head, column, lane);
+            T* out = output_of<T>(p, piece.row, piece.head, column, lane);
+            asm volatile("" : "+l"(out));  // now, not after the wait for the others
+            if (piece.others > 0) collect(result, p, range + 1, piece.others, piece.buffer, column, lane);
+            write_output(result, p, out, piece.row, piece.head, column, lane);
         }
     }
 }
@@ -150,23 +154,33 @@ __global__ void __launch_bounds__(kThreads, min_blocks<kHeadDim>())
         const SharedLayout layout = SharedLayout::of(kHeadDim, p.batch, p.stages);
         const Shared<kHeadDim> shared(memory, layout, p.stages);
         Rows rows(reinterpret_cast<int*>(memory + layout.rows), p);
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        // The compiler should know that it is uniform, and small.
+        const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) % 16, lane = threadIdx.x % 32;
         const int range = gridDim.x - 1 - blockIdx.x;
-        const float inverse_blocks = Quotient::inverse(gridDim.x);
+        const float inverse_blocks = inverse(static_cast<float>(gridDim.x));
 
-        // The way to the first load is the longest at the start, so the loading warp does nothing else.
-        Share share{};
+        // The way to the first load is the longest at the start, so the loading warp does nothing else, and its code
+        // comes first: instructions further on arrive later.
         if (warp == kLoadWarp) {
-            if (!kFused) common::wait_for_previous_kernel();
-            share = Share::of(p, rows, rows.fill(p, lane), range, inverse_blocks, lane);
-            if (lane == 0) *shared.share = share;
-        } else if (warp == kQueryWarp) {
-            common::allow_next_kernel();
-            if (kLoader == Loader::kTma && lane == 0) {
+            if (kLoader == Loader::kTma && common::elect_one()) {
                 common::tma_prefetch_map(&maps.k);
                 common::tma_prefetch_map(&maps.v);
             }
-        } else if (lane == 0) {  // the barriers, each an instruction of some fifty cycles
+            if (!kFused) common::wait_for_previous_kernel();
+            const Share share = Share::find(
+                p, rows, range, inverse_blocks, lane, [] { __syncthreads(); },
+                [&](const Share& share) {
+                    if (lane == 0) *shared.share = share;
+                    common::mbarrier_arrive(shared.share_barrier);
+                    if (share.tiles > 0) load_first_keys<T, kHeadDim, kLoader>(p, maps, share.walk, shared.ring, lane);
+                });
+            if (share.tiles > 0)
+                load_tiles<T, kHeadDim, kLoader>(p, maps, rows, share.walk, share.tiles, shared.ring, lane);
+            asm volatile("exit;");  // after a return the assembler would put this code last
+        }
+        if (warp == kQueryWarp) {
+            common::allow_next_kernel();
+        } else if (common::elect_one()) {  // the barriers, each an instruction of some fifty cycles
 #pragma unroll 1
             for (int i = warp; i < 4 * p.stages; i += kComputeWarps) {
                 const int full = kLoader == Loader::kTma ? 1 : 32;
@@ -175,20 +189,20 @@ __global__ void __launch_bounds__(kThreads, min_blocks<kHeadDim>())
 #pragma unroll 1
             for (int i = warp; i < 2 * shared.kSlots; i += kComputeWarps)
                 common::mbarrier_init(shared.slot_barriers + i * 8, i < shared.kSlots ? 32 : kComputeThreads);
-            if (warp < kWarpsPerTile) common::mbarrier_init(shared.merge_barriers + warp * 8, kTileGroups * 32);
+            if (warp < kWarpsPerTile)
+                common::mbarrier_init(shared.merge_barriers + warp * 8, kTileGroups * 32);
+            else if (warp == kWarpsPerTile)
+                common::mbarrier_init(shared.share_barrier, 32);
             common::fence_barrier_init();
         }
         __syncthreads();
-        if (warp == kLoadWarp) {
-            if (share.tiles > 0)
-                load_tiles<T, kHeadDim, kLoader>(p, maps, rows, share.walk, share.tiles, shared.ring, lane);
-            return;
-        }
         common::wait_for_previous_kernel();
         if (warp == kQueryWarp) {
-            share = *shared.share;
+            const RangeState state = *RangeState::of(p, range);
+            common::mbarrier_wait(shared.share_barrier, 0);
+            const Share share = *shared.share;
             QueryWarp<T, kHeadDim, kFused>{
-                p, rows, shared.slots, shared.slot_barriers, shared.slot_barriers + shared.kSlots * 8, lane}
+                p, rows, shared.slots, shared.slot_barriers, shared.slot_barriers + shared.kSlots * 8, state, lane}
                 .run({p, rows, share, range, lane});
         } else {
             compute<T, kHeadDim, kFused>(p, shared, range, warp, lane);

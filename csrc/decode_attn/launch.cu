@@ -65,7 +65,7 @@ const void* select_kernel(const Launch& how, Loader loader) {
 }  // namespace
 
 int64_t workspace_floats(Version version, int batch, int num_heads, int num_kv_heads, int head_dim, int grid) {
-    if (version >= Version::kRing) return int64_t(grid) * kPartialFloats;
+    if (version >= Version::kRing) return int64_t(grid) * kRangeFloats;
     const int64_t parts = ladder_parts(version, batch, num_heads, num_kv_heads, grid);
     return parts == 1 ? 0 : parts * batch * num_heads * (head_dim + 2);
 }

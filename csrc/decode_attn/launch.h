@@ -20,7 +20,8 @@ struct Launch {
     cudaStream_t stream;
 };
 
-// Floats of `partials` that a launch needs. Versions kRing and kTma need them kEmptyWord, and leave them so.
+// Floats of `partials` that a launch needs. Before the first launch of kRing or kTma all of a range's are kEmptyWord
+// but the last four, which are 0 (merge.cuh); all ranges see every launch, whatever its grid.
 int64_t workspace_floats(Version version, int batch, int num_heads, int num_kv_heads, int head_dim, int grid);
 
 // Throws std::invalid_argument for what the kernels do not support (before any CUDA call), std::runtime_error if CUDA

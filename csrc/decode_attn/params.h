@@ -35,6 +35,8 @@ constexpr int kStagedRowBytes =
 // thread of a warp, and (max, sum) of two heads for each of four threads.
 constexpr int kColumnsPartialFloats = 4 * (32 + 4);
 constexpr int kPartialFloats = 128 / 16 * kColumnsPartialFloats;
+// What a range has of the workspace: two such partials, which take turns launch by launch, and the number of launches.
+constexpr int kRangeFloats = 2 * kPartialFloats + 4;
 
 __host__ __device__ constexpr int tile_bytes(int head_dim) {
     return kBlockSize * head_dim * 2;
@@ -57,7 +59,8 @@ struct Params {
     const void* q;     // [batch, num_heads, head_dim]; fused: qkv [batch, (num_heads + 2 num_kv_heads) * head_dim]
     void* out;         // [batch, num_heads, head_dim]
     float* lse;        // [batch, num_heads] contiguous, natural logarithm; or null
-    float* partials;   // [grid, kPartialFloats], 16-byte aligned, every word kEmptyWord between launches
+    float* partials;   // [ranges, kRangeFloats], 16-byte aligned; see merge.cuh
+    int ranges;        // at least one a block
     int64_t stride_q_row, stride_q_head, stride_out_row, stride_out_head;
     const float* cos;  // fused only: [positions, head_dim / 2]
     const float* sin;
@@ -77,6 +80,7 @@ struct Piece {
     int tiles;      // -1: there are no more pieces
     int tokens;     // of the unit, from the first of these tiles on
     int others;     // 0: the unit is all here; n > 0: finish it with what the next n ranges publish; -1: publish
+    int buffer;     // which of a range's two partials is this launch's
 };
 
 // What the query warp hands to the others for one piece; before that, the inputs as they come from memory.
@@ -93,7 +97,7 @@ struct QuerySlot {
     uint16_t new_key[kHeadDim];    // before rotation
     float cos[kHeadDim / 2], sin[kHeadDim / 2];
     Piece piece;
-    int padding[3];
+    int padding[2];
 };
 static_assert(sizeof(QuerySlot<64>) % 16 == 0 && sizeof(QuerySlot<128>) % 16 == 0);
 
@@ -113,11 +117,12 @@ struct GroupExchange {
 struct SharedLayout {
     static constexpr int kBarriers = 0;  // of the ring's stages, then of the slots
     static constexpr int kMergeBarriers = 8 * (4 * kMaxStages + 2 * kMaxQuerySlots);  // [kWarpsPerTile]
-    static constexpr int kShare = kMergeBarriers + 8 * kWarpsPerTile;
-    static constexpr int kTileExchange = 512;    // [kTileGroups]
-    static constexpr int kGroupExchange = 3072;  // [2]: pieces take turns
-    static constexpr int kRing = 12 * 1024;      // a multiple of the swizzle's period
-    int queries, rows, bytes;                    // offsets and the total
+    static constexpr int kShareBarrier = kMergeBarriers + 8 * kWarpsPerTile;
+    static constexpr int kShare = kShareBarrier + 16;  // aligned to 16 bytes
+    static constexpr int kTileExchange = 512;          // [kTileGroups]
+    static constexpr int kGroupExchange = 3072;        // [2]: pieces take turns
+    static constexpr int kRing = 12 * 1024;            // a multiple of the swizzle's period
+    int queries, rows, bytes;                          // offsets and the total
 
     __host__ __device__ static SharedLayout of(int head_dim, int batch, int stages) {
         SharedLayout layout{};

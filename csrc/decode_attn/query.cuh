@@ -81,7 +81,7 @@ struct Pieces {
     const Share& share;
     int range, lane;
     Walk walk;
-    int tile, end, empty_row, empty_head = 0;
+    int tile, end, unit_end = 0, empty_row, empty_head = 0;
 
     __device__ Pieces(const Params& p, const Rows& rows, const Share& share, int range, int lane)
         : p(p),
@@ -94,21 +94,32 @@ struct Pieces {
           end(share.begin + share.tiles),
           empty_row(range) {}
 
+    // All but the number of others, for which there is time when its query has been asked for.
     __device__ __forceinline__ bool next(Piece& piece) {
         if (tile < end) {
-            piece = {walk.row, walk.head, min(walk.count - walk.index, end - tile),
-                     rows.tokens[walk.row] - walk.index * kBlockSize, -1};
-            if (walk.index == 0) piece.others = share.split.range_of(tile + walk.count - 1) - range;
+            if (tile > share.begin) walk.next_unit(rows);
+            piece = {
+                walk.row, walk.head, min(walk.count - walk.index, end - tile), walk.tokens - walk.index * kBlockSize,
+                -1,       0};
+            unit_end = walk.index == 0 ? tile + walk.count : 0;
             tile += piece.tiles;
-            if (tile < end) walk.next_unit(rows);
             return true;
         }
         for (; empty_row < p.batch && (!kFused || rows.tokens[empty_row] != 0); empty_row += gridDim.x)
             if (rows.tokens[empty_row] <= 0) write_zeros<T, kHeadDim>(p, empty_row, lane);
         if (empty_row >= p.batch) return false;
-        piece = {empty_row, empty_head, 0, 0, 0};
+        piece = {empty_row, empty_head, 0, 0, 0, 0};
         if (++empty_head == p.num_kv_heads) empty_row += gridDim.x, empty_head = 0;
+        unit_end = 0;
         return true;
+    }
+
+    // Whether the first piece is one of a unit that another block finishes.
+    __device__ bool publishes() const { return share.tiles > 0 && share.walk.index > 0; }
+
+    // Of the piece that next() has returned: Piece::others.
+    __device__ __forceinline__ int others(const Piece& piece) const {
+        return unit_end > 0 ? share.split.range_of(unit_end - 1) - range : piece.others;
     }
 };
 
@@ -120,6 +131,7 @@ struct QueryWarp {
     const Rows& rows;
     Slot* slots;
     uint32_t full, empty;  // barriers of the slots
+    RangeState state;      // of the block's range
     int lane;
     RingCursor asked{0, 1}, made{0};  // the first round does not wait
 
@@ -131,11 +143,10 @@ struct QueryWarp {
     }
 
     // Waits for the next slot and asks for the inputs of the piece.
-    __device__ __forceinline__ void ask(const Piece& piece) {
+    __device__ __forceinline__ void ask(const Pieces<T, kHeadDim, kFused>& pieces, Piece piece) {
         common::mbarrier_wait(empty + asked.stage * 8, asked.phase);
         Slot& slot = slots[asked.stage];
         asked.advance(1, Slot::kCount);
-        slot.piece = piece;
         const T* row = static_cast<const T*>(p.q) + piece.row * p.stride_q_row;
         const T* q = row + piece.head * p.group * p.stride_q_head;
 #pragma unroll 1
@@ -149,22 +160,24 @@ struct QueryWarp {
             ask_for(slot.sin, p.sin + angles);
         }
         common::cp_async_commit();
+        piece.others = pieces.others(piece);
+        slot.piece = piece;
     }
 
     // Makes of the oldest inputs what the computing warps take, once they are there: `younger` others may not be.
     __device__ __forceinline__ void make(int younger) {
         static_assert(kQueriesAhead == 4);
-        switch (younger) {
-            case 0:
+        // Branches by hand: of a switch the compiler makes a table in constant memory, a trip to L2 for the first
+        // piece.
+        if (younger < 2) {
+            if (younger < 1)
                 common::cp_async_wait<0>();
-                break;
-            case 1:
+            else
                 common::cp_async_wait<1>();
-                break;
-            case 2:
+        } else {
+            if (younger < 3)
                 common::cp_async_wait<2>();
-                break;
-            default:
+            else
                 common::cp_async_wait<3>();
         }
         __syncwarp();
@@ -192,6 +205,7 @@ struct QueryWarp {
                 if (lane < 4) *reinterpret_cast<float2*>(&slot.new_score[2 * lane]) = score;
             }
         }
+        slot.piece.buffer = state.buffer();
         __syncwarp();  // the fragments take the place of q
 #pragma unroll
         for (int i = 0; i < kHeadDim / 16; ++i) slot.fragments[i][lane] = {q.b[i][0], q.b[i][1]};
@@ -212,7 +226,7 @@ struct QueryWarp {
             if (more && on_their_way < kQueriesAhead) {
                 more = pieces.next(piece);
                 if (!more) continue;
-                ask(piece);
+                ask(pieces, piece);
                 ++on_their_way;
             } else if (on_their_way > 0) {
                 make(--on_their_way);
@@ -223,6 +237,11 @@ struct QueryWarp {
         common::mbarrier_wait(empty + asked.stage * 8, asked.phase);
         slots[asked.stage].piece.tiles = -1;
         hand_over();
+        prepare_next(p, pieces.range, state, pieces.publishes() ? kHeadDim / 16 * 16 + (p.group + 1) / 2 : 0, lane);
+        if (pieces.range + 1 < gridDim.x) return;
+#pragma unroll 1
+        for (int range = gridDim.x; range < p.ranges; ++range)  // those that this launch has no blocks for
+            prepare_next(p, range, *RangeState::of(p, range), 0, lane);
     }
 };
 

@@ -10,7 +10,34 @@
 
 namespace decode_attn {
 
-// The rows of the batch in shared memory: tokens, slots, and the number of tiles before each row (all its kv heads).
+// The row that holds a tile, the same for the whole warp; of its units the number of tiles and the inverse.
+struct RowOfTile {
+    int row, tokens, slot, tiles_before, count;
+    float inverse_count;
+};
+
+// Loads where it stands. The compiler moves what need not be in order, as __ldg, behind the next barrier.
+__device__ __forceinline__ int load_now(const int* from) {
+    int x;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+    return x;
+}
+
+// Each becomes the sum over this lane and the lower ones.
+template <int kCount>
+__device__ __forceinline__ void sum_over_lanes(int (&x)[kCount], int lane) {
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const int other = __shfl_up_sync(~0u, x[i], distance);
+            x[i] += lane >= distance ? other : 0;
+        }
+    }
+}
+
+// The rows of the batch in shared memory: tokens, slots, and of more than 32 rows the number of tiles before each (all
+// its kv heads). Rows of negative length count as empty.
 struct Rows {
     int* tokens;        // [batch]
     int* slots;         // [batch]
@@ -24,16 +51,11 @@ struct Rows {
           batch(p.batch),
           num_kv_heads(p.num_kv_heads) {}
 
-    __device__ int tiles(int row) const { return ceil_div(tokens[row], kBlockSize); }
+    __device__ static int unit_tiles(int length) { return max(ceil_div(length, kBlockSize), 0); }
 
-    // One warp reads the lengths and sums them up; returns the total. Rows of negative length count as empty here.
-    __device__ __forceinline__ int fill(const Params& p, int lane) {
-        return batch <= 32 ? fill_by<1>(p, lane) : batch <= 64 ? fill_by<2>(p, lane) : fill_by<8>(p, lane);
-    }
-
-    // Takes 32 kAtOnce rows a trip to memory.
-    template <int kAtOnce>
-    __device__ __forceinline__ int fill_by(const Params& p, int lane) {
+    // One warp reads more than 32 rows and sums them up, 32 kAtOnce of them a trip to memory; returns the total.
+    template <int kAtOnce, typename Meanwhile>
+    __device__ __forceinline__ int fill(const Params& p, int lane, Meanwhile meanwhile) {
         int before = 0;
 #pragma unroll 1
         for (int first = 0; first < batch; first += 32 * kAtOnce) {
@@ -41,28 +63,17 @@ struct Rows {
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 slot[i] = min(first + 32 * i + lane, batch - 1);
-                length[i] = __ldg(p.lengths + slot[i]);
+                length[i] = load_now(p.lengths + slot[i]);
             }
             if (p.slots) {
 #pragma unroll
-                for (int i = 0; i < kAtOnce; ++i) slot[i] = __ldg(p.slots + slot[i]);
+                for (int i = 0; i < kAtOnce; ++i) slot[i] = load_now(p.slots + slot[i]);
             }
+            if (first == 0) meanwhile();
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                const int tiles = max(ceil_div(length[i], kBlockSize), 0) * num_kv_heads;
-                sum[i] =
-                    first + 32 * i + lane < batch ? tiles : 0;  // becomes the sum over this lane and the lower ones
-            }
-            if (batch > 1) {
-#pragma unroll
-                for (int distance = 1; distance < 32; distance *= 2) {
-#pragma unroll
-                    for (int i = 0; i < kAtOnce; ++i) {
-                        const int other = __shfl_up_sync(~0u, sum[i], distance);
-                        sum[i] += lane >= distance ? other : 0;
-                    }
-                }
-            }
+            for (int i = 0; i < kAtOnce; ++i)
+                sum[i] = first + 32 * i + lane < batch ? unit_tiles(length[i]) * num_kv_heads : 0;
+            sum_over_lanes(sum, lane);
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 const int row = first + 32 * i + lane;
@@ -71,7 +82,7 @@ struct Rows {
                     slots[row] = slot[i];
                     tiles_before[row + 1] = before + sum[i];
                 }
-                before += __shfl_sync(~0u, sum[i], batch > 1 ? 31 : 0);
+                before += __shfl_sync(~0u, sum[i], 31);
             }
         }
         if (lane == 0) tiles_before[0] = 0;
@@ -79,27 +90,69 @@ struct Rows {
         return before;
     }
 
-    // The row of a tile, the same for the whole warp: how many rows begin at or before it. Empty rows do not count: the
-    // last row that begins at the tile is the one that has it.
-    __device__ int row_of(int tile, int lane) const {
-        if (batch == 1) return 0;
-        int rows_before = 0;
+    // It is the last row that begins at the tile or before it; empty ones that begin there come before.
+    __device__ RowOfTile find(int tile, int lane) const {
+        int row = -1;
 #pragma unroll 4
-        for (int first = 0; first < batch; first += 32) {
-            rows_before += __popc(__ballot_sync(~0u, first + lane < batch && tiles_before[first + lane] <= tile));
-        }
-        return rows_before - 1;
+        for (int first = 0; first < batch; first += 32)
+            row += __popc(__ballot_sync(~0u, first + lane < batch && tiles_before[first + lane] <= tile));
+        const int count = unit_tiles(tokens[row]);
+        return {row, tokens[row], slots[row], tiles_before[row], count, inverse(static_cast<float>(count))};
+    }
+};
+
+// Up to 32 rows, one a lane: the same without a detour through shared memory. The way to the first load is a chain of
+// instructions that nothing overlaps, and each of them counts.
+struct FewRows {
+    int tokens, slot, tiles_before, count, total;
+    float inverse_count;
+    bool alone;
+
+    template <typename Meanwhile>
+    __device__ __forceinline__ FewRows(const Params& p, const Rows& rows, int lane, Meanwhile meanwhile)
+        : alone(rows.batch == 1) {
+        slot = min(lane, rows.batch - 1);
+        tokens = load_now(p.lengths + slot);
+        if (p.slots) slot = load_now(p.slots + slot);
+        meanwhile();
+        count = Rows::unit_tiles(tokens);
+        inverse_count = inverse(static_cast<float>(count));
+        tiles_before = 0;
+        total = count * rows.num_kv_heads;
+        if (alone) return;
+        const int own = lane < rows.batch ? total : 0;
+        int sum[1] = {own};
+        sum_over_lanes(sum, lane);
+        tiles_before = sum[0] - own;
+        total = __shfl_sync(~0u, sum[0], 31);
+    }
+    // For others, and for later.
+    __device__ __forceinline__ void store(const Rows& rows, int lane) const {
+        if (lane >= rows.batch) return;
+        rows.tokens[lane] = tokens;
+        rows.slots[lane] = slot;
+    }
+    __device__ __forceinline__ RowOfTile find(int tile) const {
+        if (alone) return {0, tokens, slot, 0, count, inverse_count};
+        const int row = __popc(__ballot_sync(~0u, tiles_before <= tile)) - 1;
+        const auto of_row = [&](auto x) { return __shfl_sync(~0u, x, row); };
+        return {row, of_row(tokens), of_row(slot), of_row(tiles_before), of_row(count), of_row(inverse_count)};
     }
 };
 
 // A place in the list of tiles: tile `index` of the `count` of a unit.
 struct Walk {
     int row, head, index, count;
+    int tokens, slot;  // of the row
 
-    __device__ static Walk at(const Rows& rows, int tile, int lane) {
-        const int row = rows.row_of(tile, lane), count = rows.tiles(row);
-        const Quotient place = Quotient::of(tile - rows.tiles_before[row], count);
-        return {row, place.quotient, place.remainder, count};
+    __device__ static Walk at(const RowOfTile& found, int tile) {
+        const Quotient place = Quotient::of(tile - found.tiles_before, found.count, found.inverse_count);
+        return {found.row, place.quotient, place.remainder, found.count, found.tokens, found.slot};
+    }
+
+    // The cache block of tile `tile` of the unit.
+    __device__ __forceinline__ int block(const Params& p, int tile) const {
+        return p.block_table ? __ldg(p.block_table + row * p.stride_table_row + tile) : slot * p.blocks_per_slot + tile;
     }
 
     // To the first tile of the next unit; there must be one.
@@ -107,24 +160,46 @@ struct Walk {
         index = 0;
         if (++head < rows.num_kv_heads) return;
         head = 0;
-        do count = rows.tiles(++row);
-        while (count <= 0);
+        do tokens = rows.tokens[++row];
+        while (tokens <= 0);
+        slot = rows.slots[row];
+        count = ceil_div(tokens, kBlockSize);
     }
 };
 
-// What the block does, as its loading warp has found out.
+// What the block does, as its loading warp finds out.
 struct Share {
     Split split;
     Walk walk;         // at the first tile
     int begin, tiles;  // in the list of all tiles
 
-    __device__ static Share of(const Params& p, const Rows& rows, int total, int range, float inverse_blocks,
-                               int lane) {
-        Share share{Split::of(total, gridDim.x, inverse_blocks, p.min_tiles)};
-        share.begin = share.split.begin(range);
-        share.tiles = share.split.begin(range + 1) - share.begin;
-        if (share.tiles > 0) share.walk = Walk::at(rows, share.begin, lane);
+    // Leaves the rows in shared memory. Calls meanwhile() when lengths are on their way, and at_once(share) when both
+    // are there: of few rows that is near in the code, what the caller does afterwards is not.
+    template <typename Meanwhile, typename AtOnce>
+    __device__ static __forceinline__ Share find(const Params& p, Rows& rows, int range, float inverse_blocks, int lane,
+                                                 Meanwhile meanwhile, AtOnce at_once) {
+        Share share{};
+        if (rows.batch > 32) {
+            const int total = rows.batch <= 64 ? rows.fill<2>(p, lane, meanwhile) : rows.fill<8>(p, lane, meanwhile);
+            if (share.cut(p, total, range, inverse_blocks))
+                share.walk = Walk::at(rows.find(share.begin, lane), share.begin);
+            at_once(share);
+        } else {
+            const FewRows few(p, rows, lane, meanwhile);
+            few.store(rows, lane);
+            if (share.cut(p, few.total, range, inverse_blocks))
+                share.walk = Walk::at(few.find(share.begin), share.begin);
+            at_once(share);
+        }
         return share;
+    }
+
+    // Whether there are tiles for the block.
+    __device__ __forceinline__ bool cut(const Params& p, int total, int range, float inverse_blocks) {
+        split = Split::of(total, gridDim.x, inverse_blocks, p.min_tiles);
+        begin = split.begin(range);
+        tiles = split.begin(range + 1) - begin;
+        return tiles > 0;
     }
 };
 

@@ -54,19 +54,20 @@ struct Ring {
     __device__ uint32_t empty(int stage, int value) const { return barriers + (4 * stage + 2 + value) * 8; }
 };
 
-// Requests the K (value = 0) or V (1) tile of (block, head) into the stage at `cursor`, once that is free.
-template <typename T, int kHeadDim, Loader kLoader>
+// Requests the K (value = 0) or V (1) tile of (block, head) into the stage at `cursor`, once that is free; of the
+// first, which is fresh, that is known.
+template <typename T, int kHeadDim, Loader kLoader, bool kFresh = false>
 __device__ __forceinline__ void load_tile(const Params& p, const TensorMaps& maps, const Ring& ring, RingCursor cursor,
                                           int value, int block, int head, int tokens, int lane) {
     const uint32_t target = ring.tile<kHeadDim>(cursor.stage, value), full = ring.full(cursor.stage, value);
     if constexpr (kLoader == Loader::kTma) {
-        if (lane == 0) {
-            common::mbarrier_wait(ring.empty(cursor.stage, value), cursor.phase);
+        if (common::elect_one()) {
+            if (!kFresh) common::mbarrier_wait(ring.empty(cursor.stage, value), cursor.phase);
             common::mbarrier_expect(full, tile_bytes(kHeadDim));
             common::tma_load_5d(target, value ? &maps.v : &maps.k, full, 0, 0, 0, head, block);
         }
     } else {
-        common::mbarrier_wait(ring.empty(cursor.stage, value), cursor.phase);
+        if (!kFresh) common::mbarrier_wait(ring.empty(cursor.stage, value), cursor.phase);
         const T* source = value ? static_cast<const T*>(p.v_cache) + block * p.stride_v_block + head * p.stride_v_head
                                 : static_cast<const T*>(p.k_cache) + block * p.stride_k_block + head * p.stride_k_head;
         copy_tile_async<T, kHeadDim>(target, source, value ? p.stride_v_token : p.stride_k_token, tokens, lane);
@@ -74,7 +75,15 @@ __device__ __forceinline__ void load_tile(const Params& p, const TensorMaps& map
     }
 }
 
-// The block's `tiles` tiles, the first of them at `walk`.
+// The keys of the first tile.
+template <typename T, int kHeadDim, Loader kLoader>
+__device__ __forceinline__ void load_first_keys(const Params& p, const TensorMaps& maps, const Walk& walk,
+                                                const Ring& ring, int lane) {
+    const int tokens = min(walk.tokens - walk.index * kBlockSize, kBlockSize);
+    load_tile<T, kHeadDim, kLoader, true>(p, maps, ring, {0}, 0, walk.block(p, walk.index), walk.head, tokens, lane);
+}
+
+// The block's `tiles` tiles, at least one, the first of them at `walk`, without what load_first_keys has asked for.
 template <typename T, int kHeadDim, Loader kLoader>
 __device__ __forceinline__ void load_tiles(const Params& p, const TensorMaps& maps, const Rows& rows, Walk walk,
                                            int tiles, const Ring& ring, int lane) {
@@ -87,22 +96,23 @@ __device__ __forceinline__ void load_tiles(const Params& p, const TensorMaps& ma
 #pragma unroll 1
     while (true) {
         const int count = min(walk.count - walk.index, tiles);
-        const int tokens = rows.tokens[walk.row] - walk.index * kBlockSize;
+        const int tokens = walk.tokens - walk.index * kBlockSize;
         now.head = walk.head;
 #pragma unroll 1
         for (int done = 0; done < count; done += 32) {
             const int mine = walk.index + min(done + lane, count - 1);  // each lane looks up one of 32 blocks
-            const int my_block = p.block_table ? __ldg(p.block_table + walk.row * p.stride_table_row + mine)
-                                               : rows.slots[walk.row] * p.blocks_per_slot + mine;
+            const int my_block = walk.block(p, mine);
 #pragma unroll 1
             for (int i = 0; i < min(32, count - done); ++i) {
                 now.block = __shfl_sync(~0u, my_block, i);
                 now.tokens = min(tokens - (done + i) * kBlockSize, kBlockSize);
-                load_tile<T, kHeadDim, kLoader>(p, maps, ring, now.cursor, 0, now.block, now.head, now.tokens, lane);
                 // Values come one tile later: the first things needed are the scores of two tiles.
-                if (!first)
+                if (!first) {
+                    load_tile<T, kHeadDim, kLoader>(p, maps, ring, now.cursor, 0, now.block, now.head, now.tokens,
+                                                    lane);
                     load_tile<T, kHeadDim, kLoader>(p, maps, ring, last.cursor, 1, last.block, last.head, last.tokens,
                                                     lane);
+                }
                 first = false;
                 last = now;
                 now.cursor.advance(1, ring.stages);

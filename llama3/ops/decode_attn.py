@@ -147,10 +147,13 @@ def rope_append_decode(
 
 
 def make_workspace(device: torch.device | str = "cuda") -> torch.Tensor:
-    """Scratch for one caller at a time on `device`: fp32 partials, all empty between launches (int32 bit patterns)."""
+    """Scratch for one caller at a time on `device`: fp32 partials (int32 bit patterns) in two buffers, of which every
+    launch empties the one that the next will use; see csrc/decode_attn/merge.cuh."""
     device = torch.device(device)
     words = library().workspace_floats(VERSIONS.index("tma"), 1, 1, 1, 128, _grid(device))
-    return torch.full((words,), _signed(library().empty_word), dtype=torch.int32, device=device)
+    workspace = torch.full((words,), _signed(library().empty_word), dtype=torch.int32, device=device)
+    workspace.view(-1, library().range_floats)[:, 2 * library().partial_floats :] = 0  # the number of launches
+    return workspace
 
 
 @functools.cache
@@ -372,6 +375,7 @@ def _launch(
             block_table=_pointer(block_table),
             table_stride=0 if block_table is None else block_table.stride(0),
             partials=workspace.data_ptr(),
+            partials_size=workspace.numel(),
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             num_blocks=k_cache.shape[0],
