@@ -15,8 +15,10 @@
 
 namespace decode_attn {
 
-constexpr int kTileBarrier = 1;   // and the next: one of each tile group
-constexpr int kStartBarrier = 3;  // of the whole block; __syncthreads() would have to be in one place for all warps
+constexpr int kTileBarrier = 1;  // and the next: one of each tile group
+// Of all warps but the loading one, which waits at the next, for warp 0 alone: a barrier of the whole block would have
+// to be in one place for all warps.
+constexpr int kStartBarrier = 3;
 static_assert(SharedLayout::kShare + sizeof(Share) <= SharedLayout::kTileExchange);
 constexpr int kLoadWarp = kComputeWarps, kQueryWarp = kComputeWarps + 1;
 
@@ -159,7 +161,6 @@ __global__ void __launch_bounds__(kThreads, min_blocks<kHeadDim>())
         const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) % 16, lane = threadIdx.x % 32;
         const int range = gridDim.x - 1 - blockIdx.x;
         const float inverse_blocks = inverse(static_cast<float>(gridDim.x));
-        const auto start = [] { common::named_sync(kStartBarrier, kThreads); };
 
         // The way to the first load is the longest at the start, so the loading warp does nothing else, and its code
         // comes first: instructions further on arrive later.
@@ -169,11 +170,13 @@ __global__ void __launch_bounds__(kThreads, min_blocks<kHeadDim>())
                 common::tma_prefetch_map(&maps.v);
             }
             if (!kFused) common::wait_for_previous_kernel();
-            const Share share = Share::find(p, rows, range, inverse_blocks, lane, start, [&](const Share& share) {
-                if (lane == 0) *shared.share = share;
-                common::mbarrier_arrive(shared.share_barrier);
-                if (share.tiles > 0) load_first_keys<T, kHeadDim, kLoader>(p, maps, share.walk, shared.ring, lane);
-            });
+            const Share share = Share::find(
+                p, rows, range, inverse_blocks, lane, [] { common::named_sync(kStartBarrier + 1, 2 * 32); },
+                [&](const Share& share) {
+                    if (lane == 0) *shared.share = share;
+                    common::mbarrier_arrive(shared.share_barrier);
+                    if (share.tiles > 0) load_first_keys<T, kHeadDim, kLoader>(p, maps, share.walk, shared.ring, lane);
+                });
             if (share.tiles > 0)
                 load_tiles<T, kHeadDim, kLoader>(p, maps, rows, share.walk, share.tiles, shared.ring, lane);
             asm volatile("exit;");  // after a return the assembler would put this code last
@@ -195,7 +198,8 @@ __global__ void __launch_bounds__(kThreads, min_blocks<kHeadDim>())
                 common::mbarrier_init(shared.share_barrier, 32);
             common::fence_barrier_init();
         }
-        start();
+        common::named_sync(kStartBarrier, kThreads - 32);
+        if (warp == 0) common::named_arrive(kStartBarrier + 1, 2 * 32);
         common::wait_for_previous_kernel();
         if (warp == kQueryWarp) {
             const RangeState state = *RangeState::of(p, range);
