@@ -34,10 +34,8 @@ def run(case: Case, **options) -> tuple[torch.Tensor, torch.Tensor]:
 
 def assert_ready(workspace: torch.Tensor, clean: torch.Tensor, launches: int) -> None:
     """All ranges have counted the launches, and the next one's buffer is empty: 16 bytes are if their first word is."""
-    size, (ranges, fresh) = (
-        ops.library().partial_floats,
-        (w.view(-1, ops.library().range_floats) for w in (workspace, clean)),
-    )
+    size = ops.library().partial_floats
+    ranges, fresh = (words.view(-1, ops.library().range_floats) for words in (workspace, clean))
     assert ranges[:, 2 * size].tolist() == [launches] * len(ranges)
     begin = launches % 2 * size
     assert torch.equal(ranges[:, begin : begin + size : 4], fresh[:, begin : begin + size : 4])

@@ -55,6 +55,11 @@ struct Lane {
     }
 };
 
+// 16 bytes that hold 16 columns of a pair's partial: one for each of the eight lanes that share it, and one of the
+// state.
+constexpr int kQuadsOfPair = 8 + 1;
+static_assert(kColumnsPartialFloats == kMaxGroup / 2 * kQuadsOfPair * 4);
+
 // What a range remembers from launch to launch, behind its two buffers. The launches use these in turn: what the last
 // one has published is out of the way while this one publishes, and is emptied for the next.
 struct alignas(16) RangeState {
@@ -71,7 +76,7 @@ static_assert(sizeof(RangeState) == 4 * (kRangeFloats - 2 * kPartialFloats));
 
 // Prepares a range, whose state was `state`, for the next launch; `filled`: by this one. One warp.
 __device__ __forceinline__ void prepare_next(const Params& p, int range, RangeState state, int filled, int lane) {
-    const int quads = 9 * (state.filled % 16);
+    const int quads = kQuadsOfPair * (state.filled % 16);
     auto* at =
         reinterpret_cast<float4*>(p.partials + int64_t(range) * kRangeFloats + (1 - state.buffer()) * kPartialFloats);
 #pragma unroll 1

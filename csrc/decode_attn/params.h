@@ -35,7 +35,8 @@ constexpr int kStagedRowBytes =
 // thread of a warp, and (max, sum) of two heads for each of four threads.
 constexpr int kColumnsPartialFloats = 4 * (32 + 4);
 constexpr int kPartialFloats = 128 / 16 * kColumnsPartialFloats;
-// What a range has of the workspace: two such partials, which take turns launch by launch, and the number of launches.
+// What a range has of the workspace: two such partials, which take turns launch by launch, and a RangeState
+// (merge.cuh).
 constexpr int kRangeFloats = 2 * kPartialFloats + 4;
 
 __host__ __device__ constexpr int tile_bytes(int head_dim) {

@@ -1,6 +1,7 @@
 // The query warp: it walks the block's range piece by piece, ahead of the computing warps, and hands them for each
 // piece what is to be done and the query's fragments. In the fused kernel it rotates them on the way, and appends the
-// new token to the cache where a unit is finished: its score and its value are the state that the unit starts from.
+// new token to the cache where a unit is finished: its score and its value are the state that the unit starts from. At
+// the end it prepares the block's range for the next launch (merge.cuh).
 //
 // Inputs of several pieces are on their way at a time, by cp.async into the slots of the pieces. A trip to memory waits
 // behind all that the loading warp has asked for: one piece after the other, short contexts would wait for queries, not
@@ -94,13 +95,12 @@ struct Pieces {
           end(share.begin + share.tiles),
           empty_row(range) {}
 
-    // All but the number of others, for which there is time when its query has been asked for.
+    // All but the number of others, for which there is time when its query has been asked for, and the buffer.
     __device__ __forceinline__ bool next(Piece& piece) {
         if (tile < end) {
             if (tile > share.begin) walk.next_unit(rows);
-            piece = {
-                walk.row, walk.head, min(walk.count - walk.index, end - tile), walk.tokens - walk.index * kBlockSize,
-                -1,       0};
+            piece = {walk.row, walk.head, min(walk.count - walk.index, end - tile),
+                     walk.tokens - walk.index * kBlockSize, -1};
             unit_end = walk.index == 0 ? tile + walk.count : 0;
             tile += piece.tiles;
             return true;
@@ -108,7 +108,7 @@ struct Pieces {
         for (; empty_row < p.batch && (!kFused || rows.tokens[empty_row] != 0); empty_row += gridDim.x)
             if (rows.tokens[empty_row] <= 0) write_zeros<T, kHeadDim>(p, empty_row, lane);
         if (empty_row >= p.batch) return false;
-        piece = {empty_row, empty_head, 0, 0, 0, 0};
+        piece = {empty_row, empty_head, 0, 0, 0};
         if (++empty_head == p.num_kv_heads) empty_row += gridDim.x, empty_head = 0;
         unit_end = 0;
         return true;
