@@ -28,7 +28,7 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map
         : "memory");
 }
 
-// The thread that fills the ring. begin() asks for constants only.
+// The warp that fills the ring: one lane of it copies. begin() asks for constants only.
 template <int kTokens>
 struct Producer {
     static constexpr int kBytes = stage_bytes(kTokens);
@@ -37,11 +37,13 @@ struct Producer {
     const CUtensorMap *weight, *x;
 
     __device__ __forceinline__ void copy_weight(int stage, int step) {
+        if (!common::elect_one()) return;
         common::mbarrier_expect(b.full(stage), kBytes);
         copy_box(b.base + stage * kBytes, weight, b.full(stage), (b.first_step + step) * kStageColumns,
                  b.tile * kTileRows, common::kEvictFirst);
     }
     __device__ __forceinline__ void copy_x(int stage, int step) {
+        if (!common::elect_one()) return;
         copy_box(b.base + stage * kBytes + kTileRows * kStageColumns * 2, x, b.full(stage),
                  (b.first_step + step) * kStageColumns, 0, common::kEvictLast);
     }
@@ -168,37 +170,41 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 64 ? 2 : 1)
                         const __grid_constant__ Params p) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) uint8_t shared[];
-    const int thread = threadIdx.x, rank = p.splits > 1 ? common::cluster_rank() : 0;
+    const int warp = common::uniform_warp(), rank = p.splits > 1 ? common::cluster_rank() : 0;
+    // Asked for now, or the first x would wait for its map.
+    if (warp == kConsumerWarps && common::elect_one()) {
+        common::tma_prefetch_map(&weight);
+        common::tma_prefetch_map(&x);
+    }
     const int first_step = first_of(p.steps, rank, p.splits);
     const int steps = first_of(p.steps, rank + 1, p.splits) - first_step;
     const Block b{shared, common::shared_address(shared), p.tail_offset, int(blockIdx.x) / p.splits, rank, first_step,
                   steps};
-    Producer<kTokens> producer{p, b, &weight, &x};
-    if (thread >= kConsumers) {
-        const int lane = thread - kConsumers;  // initialising a barrier takes some fifty cycles: each lane does its own
-        if (lane < kMaxStages) {
-            common::mbarrier_init(b.full(lane), 1);
-            common::mbarrier_init(b.empty(lane), kConsumerWarps);
-        } else if (lane == kMaxStages) {
+    if (common::elect_one()) {  // each barrier is an instruction of some fifty cycles: every warp makes a few
+        if (warp < p.stages) {
+            common::mbarrier_init(b.full(warp), 1);
+            common::mbarrier_init(b.empty(warp), kConsumerWarps);
+        }
+        if (warp == kConsumerWarps) {
             common::mbarrier_init(b.drained(), kConsumerWarps * p.splits);
-        } else if (lane == kMaxStages + 1) {
             common::mbarrier_init(b.received(), 1);
         }
         common::fence_barrier_init();
-        __syncwarp();
-        if (lane == 0) {
-            producer.begin();
-            if (p.splits > 1) common::mbarrier_expect(b.received(), sent_bytes<kTokens, kForm>(p, b));
-        }
+    }
+    static_assert(kMaxStages <= kConsumerWarps);
+    __syncthreads();
+    Producer<kTokens> producer{p, b, &weight, &x};
+    if (warp == kConsumerWarps) {
+        producer.begin();
+        if (p.splits > 1 && common::elect_one())
+            common::mbarrier_expect(b.received(), sent_bytes<kTokens, kForm>(p, b));
         __syncwarp();
     }
     if (p.splits > 1) common::cluster_arrive();
-    __syncthreads();
-    if (thread < kConsumers) {
+    if (warp < kConsumerWarps) {
         consume<kTokens, kForm>(p, b);
     } else {
-        if (thread == kConsumers) producer.run();
-        __syncwarp();
+        producer.run();
         if (p.splits > 1) common::cluster_wait();
     }
 #else

@@ -89,6 +89,11 @@ __device__ __forceinline__ bool elect_one() {
 #endif
 }
 
+// The number of this warp, and the compiler knows that it is the same for all lanes, and small.
+__device__ __forceinline__ int uniform_warp() {
+    return __shfl_sync(~0u, threadIdx.x / 32, 0) % 32;
+}
+
 // ---- named barriers over `threads` threads of the block
 __device__ __forceinline__ void named_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -157,8 +157,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<kHeadDim>())
         const SharedLayout layout = SharedLayout::of(kHeadDim, p.batch, p.stages);
         const Shared<kHeadDim> shared(memory, layout, p.stages);
         Rows rows(reinterpret_cast<int*>(memory + layout.rows), p);
-        // The compiler should know that it is uniform, and small.
-        const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) % 16, lane = threadIdx.x % 32;
+        const int warp = common::uniform_warp(), lane = threadIdx.x % 32;
         const int range = gridDim.x - 1 - blockIdx.x;
         const float inverse_blocks = inverse(static_cast<float>(gridDim.x));
 

@@ -36,6 +36,7 @@ struct Item {
           token(number >> p.unit_bits),
           unit(owner * p.own_units + own_unit) {}
 
+    static_assert((kTokens & (kTokens - 1)) == 0);
     static __device__ int count(const Params& p) { return kTokens << p.unit_bits; }
     __device__ bool exists(const Params& p) const {
         return own_unit < p.own_units && unit * kUnit < p.tile_rows && token < p.num_tokens;
@@ -83,23 +84,29 @@ __device__ __forceinline__ float sum_squares(const Block& b, int token) {
 template <Form kForm, int kColumnWarps, int kTokens>
 __device__ __forceinline__ void send_sums(const Params& p, const Block& b) {
     using It = Item<kForm, kTokens>;
+    const uint32_t barrier = b.sent() - b.base;
+    // All owners' items at a time: those of one are fewer than there are threads. Their number is a power of two.
     const int count = It::count(p);
-    for (int owner = 0; owner < p.splits; ++owner) {
-        const uint32_t to = common::in_block(b.base, owner), barrier = to + b.sent() - b.base;
 #pragma unroll 1
-        for (int number = threadIdx.x; number < count; number += kConsumers) {
-            const It item(p, number, owner);
-            if (!item.exists(p)) continue;
-            float sum[It::kUnit] = {};
-            sum_warps<kColumnWarps, kTokens>(b, item.token, item.unit, sum);
-            const uint32_t at = to + b.layout.received + item.place(p, b.rank) * 4;
+    for (int i = threadIdx.x; i < p.splits * count; i += kConsumers) {
+        const int number = i & (count - 1), owner = (i - number) / kTokens >> p.unit_bits;
+        const It item(p, number, owner);
+        if (!item.exists(p)) continue;
+        float sum[It::kUnit] = {};
+        sum_warps<kColumnWarps, kTokens>(b, item.token, item.unit, sum);
+        const uint32_t to = common::in_block(b.base, owner), at = to + b.layout.received + item.place(p, b.rank) * 4;
 #pragma unroll
-            for (int i = 0; i < It::kUnit; i += 4)
-                common::send(at + i * 4, barrier, sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
-        }
-        if (has_norm(kForm) && threadIdx.x < p.num_tokens) {
-            const float squares = sum_squares<kColumnWarps, kTokens>(b, threadIdx.x);
-            common::send(to + b.layout.received_squares + (b.rank * p.num_tokens + threadIdx.x) * 4, barrier, squares);
+        for (int k = 0; k < It::kUnit; k += 4)
+            common::send(at + k * 4, to + barrier, sum[k], sum[k + 1], sum[k + 2], sum[k + 3]);
+    }
+    if constexpr (has_norm(kForm)) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < p.splits * kTokens; i += kConsumers) {
+            const int token = i % kTokens;
+            if (token >= p.num_tokens) continue;
+            const uint32_t to = common::in_block(b.base, i / kTokens);
+            common::send(to + b.layout.received_squares + (b.rank * p.num_tokens + token) * 4, to + barrier,
+                         sum_squares<kColumnWarps, kTokens>(b, token));
         }
     }
 }

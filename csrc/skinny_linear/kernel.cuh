@@ -33,7 +33,7 @@ struct Cursor {
     }
 };
 
-// The thread that fills the ring. begin() asks for constants only.
+// The warp that fills the ring: one lane of it copies. begin() asks for constants only.
 template <class Grid>
 struct Producer {
     const Params& p;
@@ -48,11 +48,13 @@ struct Producer {
     }
 
     __device__ __forceinline__ void copy_weight(int stage) {
+        if (!common::elect_one()) return;
         common::mbarrier_expect(b.full(stage), b.layout.stage);
         copy_box(b.base + stage * b.layout.stage, weight, b.full(stage), tile * p.tile_rows,
                  (b.first_step + step) * Grid::kBoxes, common::kEvictFirst);
     }
     __device__ __forceinline__ void copy_x(int stage, int step) {
+        if (!common::elect_one()) return;
         copy_box(b.base + stage * b.layout.stage + b.layout.stage_weight, x, b.full(stage), 0,
                  (b.first_step + step) * Grid::kBoxes, common::kEvictLast);
     }
@@ -173,39 +175,40 @@ __global__ void __launch_bounds__(kThreads, 2)
                   const __grid_constant__ Params p) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(1024) uint8_t shared[];
-    const int thread = threadIdx.x, rank = p.splits > 1 ? common::cluster_rank() : 0;
+    const int warp = common::uniform_warp(), rank = p.splits > 1 ? common::cluster_rank() : 0;
+    // Asked for now, or the first x would wait for its map.
+    if (warp == kConsumerWarps && common::elect_one()) {
+        common::tma_prefetch_map(&weight);
+        common::tma_prefetch_map(&x);
+    }
     const int first_step = p.steps * rank / p.splits, steps = p.steps * (rank + 1) / p.splits - first_step;
     const Block b{shared, common::shared_address(shared), p.layout, rank, first_step, steps};
-    const auto sync = [&] {  // before other blocks send
-        if (p.splits == 1) return __syncthreads();
+    if (common::elect_one()) {  // each barrier is an instruction of some fifty cycles: every warp makes a few
+#pragma unroll 1
+        for (int stage = warp; stage < p.stages; stage += kThreads / 32) {
+            common::mbarrier_init(b.full(stage), 1);
+            common::mbarrier_init(b.empty(stage), kConsumerWarps);
+        }
+        if (warp == kConsumerWarps) common::mbarrier_init(b.sent(), 1);
+        common::fence_barrier_init();
+    }
+    __syncthreads();
+    const auto sync_cluster = [&] {  // before other blocks send
+        if (p.splits == 1) return;
         common::cluster_arrive();
         common::cluster_wait();
     };
-    if (thread < kConsumers) {
-        sync();
+    if (warp < kConsumerWarps) {
+        sync_cluster();
         consume<Grid, kTokenTiles, kForm>(p, b);
         return;
     }
     Producer<Grid> producer(p, b, &weight, &x);
-    const int lane = thread - kConsumers;  // initialising a barrier takes some fifty cycles: each lane does two
-    static_assert(kMaxStages <= 32);
-    if (lane < p.stages) {
-        common::mbarrier_init(b.full(lane), 1);
-        common::mbarrier_init(b.empty(lane), kConsumerWarps);
-    }
-    if (lane == 31) common::mbarrier_init(b.sent(), 1);
-    common::fence_barrier_init();
+    const int ahead = producer.begin();
+    if (p.splits > 1 && common::elect_one()) common::mbarrier_expect(b.sent(), sent_bytes<kForm>(p, rank));
     __syncwarp();
-    int ahead = 0;
-    if (thread == kConsumers) {
-        ahead = producer.begin();
-        if (p.splits > 1) common::mbarrier_expect(b.sent(), sent_bytes<kForm>(p, rank));
-    }
-    __syncwarp();
-    sync();
-    if (thread == kConsumers) {
-        producer.run(ahead);
-    }
+    sync_cluster();
+    producer.run(ahead);
 #else
     __trap();  // the host launches this on compute capability 9.0 only
 #endif
