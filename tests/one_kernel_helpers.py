@@ -43,6 +43,21 @@ def check_all(family: ModuleType, num_tokens: int, num_rows: int, size: int, how
     check_contract(family.linear_add, reference.linear_add, how, x, weight, residual)
 
 
+def check_many_repeats(family: ModuleType, num_tokens: int, num_rows: int, size: int) -> None:
+    """Weights in L2, so that the ring turns as fast as it can: a stage must not be filled while it is still read."""
+    x, norm, weight = normal(num_tokens, size), normal(size), normal(num_rows, size, scale=size**-0.5)
+    residual = normal(num_tokens, num_rows)
+    torch.cuda.synchronize()
+    for kernel, inputs in (
+        (family.linear_add, (x, weight, residual)),
+        (family.norm_linear, (x, norm, weight, EPS)),
+        (family.norm_swiglu, (x, norm, weight, EPS)),
+    ):
+        expected = kernel(*inputs)
+        wrong = sum((kernel(*inputs) != expected).any().int() for _ in range(500))
+        assert int(wrong) == 0, f"{int(wrong)} of 500 repeats differ"
+
+
 def check_head(family: ModuleType, num_tokens: int) -> None:
     x, norm, weight = normal(num_tokens, 2048), normal(2048), normal(128256, 2048, scale=2048**-0.5)
     check_contract(family.norm_linear, ReferenceOps().norm_linear, {}, x, norm, weight, EPS)

@@ -10,6 +10,7 @@ from tests.one_kernel_helpers import (
     check_all,
     check_chain_in_a_graph,
     check_head,
+    check_many_repeats,
     check_residual_as_result,
     check_zero_rows,
 )
@@ -51,3 +52,9 @@ def test_zero_rows_are_not_divided_by() -> None:
 def test_a_chain_in_a_graph_gives_the_same_bits(num_tokens: int) -> None:
     """Every kernel starts before its predecessor has ended, and must not read what that still writes."""
     check_chain_in_a_graph(batch_linear, num_tokens)
+
+
+@pytest.mark.parametrize("shape", ((2048, 8192), (3072, 2048)), ids=str)
+@pytest.mark.parametrize("num_tokens", (24, 64, 128))
+def test_many_repeats(num_tokens: int, shape: tuple[int, int]) -> None:
+    check_many_repeats(batch_linear, num_tokens, *shape)

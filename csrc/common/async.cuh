@@ -77,6 +77,21 @@ __device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+// Orders this thread's ordinary accesses to shared memory before those of the tensor cores and the copy engine.
+__device__ __forceinline__ void fence_async_proxy() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// The whole warp has read what it needs of a stage that the copy engine will write again. Without the fence the arrival
+// does not wait for loads that are still under way, and the copy can overtake them.
+__device__ __forceinline__ void release_stage(uint32_t empty, int lane) {
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(empty);
+}
+
 // True in one lane of a warp whose lanes are all here. The compiler knows that it is one: instructions that take their
 // operands from uniform registers then need no loop over the lanes, as they do behind `lane == 0`.
 __device__ __forceinline__ bool elect_one() {

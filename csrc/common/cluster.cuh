@@ -45,11 +45,6 @@ __device__ __forceinline__ void send(uint32_t address, uint32_t barrier, float v
                  : "memory");
 }
 
-// Orders this thread's ordinary accesses to shared memory before those of the tensor cores and the copy engine.
-__device__ __forceinline__ void fence_async_proxy() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 // Waits for phase 0 of a barrier that other blocks arrive on or send to.
 __device__ __forceinline__ void wait_for_cluster(uint32_t barrier) {
     uint32_t done = 0;

@@ -96,8 +96,7 @@ __device__ __forceinline__ void compute(const Params& p, const Shared<kHeadDim>&
             float s[4];
             common::mbarrier_wait(ring.full(cursor.stage, 0), cursor.phase);
             slice_scores<T, kHeadDim>(s, q, k_tile, at);
-            __syncwarp();
-            if (lane == 0) common::mbarrier_arrive(ring.empty(cursor.stage, 0));
+            common::release_stage(ring.empty(cursor.stage, 0), lane);
             exchange_max(s, tokens, p.scale_log2, exchange, slice, lane);
             common::named_sync(kTileBarrier + group, kWarpsPerTile * 32);
             exchange_weights<T, kHeadDim>(state, s, exchange, slice, lane);
@@ -108,8 +107,7 @@ __device__ __forceinline__ void compute(const Params& p, const Shared<kHeadDim>&
             common::named_sync(kTileBarrier + group, kWarpsPerTile * 32);
             common::mbarrier_wait(ring.full(cursor.stage, 1), cursor.phase);
             add_values<T, kHeadDim>(state, weights, v_tile, at, lane);
-            __syncwarp();
-            if (lane == 0) common::mbarrier_arrive(ring.empty(cursor.stage, 1));
+            common::release_stage(ring.empty(cursor.stage, 1), lane);
             cursor.advance(kTileGroups, ring.stages);
         }
         index += piece.tiles;

@@ -57,8 +57,7 @@ struct RingReader {
     }
     // The whole warp has read what it needs of the oldest chunk that it acquired.
     __device__ __forceinline__ void release(int lane) {
-        __syncwarp();
-        if (lane == 0) common::mbarrier_arrive(ring.empty + oldest * 8);
+        common::release_stage(ring.empty + oldest * 8, lane);
         if (++oldest == ring.num_slots) oldest = 0;
     }
 };

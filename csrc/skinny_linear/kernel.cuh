@@ -75,8 +75,8 @@ struct Producer {
         common::wait_for_previous_kernel();
         if (remaining <= kTriggerStages) common::allow_next_kernel();
 #pragma unroll 1
-        for (int stage = 0, step = 0; stage < ahead; ++stage, step = step + 1 < b.steps ? step + 1 : 0)
-            copy_x(stage, step);
+        for (int stage = 0, of_tile = 0; stage < ahead; ++stage, of_tile = of_tile + 1 < b.steps ? of_tile + 1 : 0)
+            copy_x(stage, of_tile);
         Cursor cursor;
 #pragma unroll 1
         for (; remaining > 0; cursor.advance(p.stages)) {
@@ -152,8 +152,7 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
                 accumulator.add((weight + offset) ^ other_half, (x + offset) ^ other_half, factors + chunk * 64,
                                 row_warp);
             }
-            __syncwarp();
-            if (lane == 0) common::mbarrier_arrive(b.empty(cursor.stage));
+            common::release_stage(b.empty(cursor.stage), lane);
             cursor.advance(p.stages);
         }
         common::named_sync(1, kConsumers);  // the ring, or the previous tile's sums, are no longer read
