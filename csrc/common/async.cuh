@@ -92,6 +92,16 @@ __device__ __forceinline__ void release_stage(uint32_t empty, int lane) {
     if (lane == 0) mbarrier_arrive(empty);
 }
 
+// The same at less cost: `results` depend on every value that was read, and the arrival's address on them. For grids of
+// one block in z.
+template <typename... Results>
+__device__ __forceinline__ void release_stage_behind(uint32_t empty, int lane, Results... results) {
+    const uint32_t zero = gridDim.z - 1;  // which the compiler does not know
+    const uint32_t behind = (__float_as_uint(results) | ...) & zero;
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(empty + behind);
+}
+
 // True in one lane of a warp whose lanes are all here. The compiler knows that it is one: instructions that take their
 // operands from uniform registers then need no loop over the lanes, as they do behind `lane == 0`.
 __device__ __forceinline__ bool elect_one() {

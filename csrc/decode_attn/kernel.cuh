@@ -96,7 +96,7 @@ __device__ __forceinline__ void compute(const Params& p, const Shared<kHeadDim>&
             float s[4];
             common::mbarrier_wait(ring.full(cursor.stage, 0), cursor.phase);
             slice_scores<T, kHeadDim>(s, q, k_tile, at);
-            common::release_stage(ring.empty(cursor.stage, 0), lane);
+            common::release_stage_behind(ring.empty(cursor.stage, 0), lane, s[0]);
             exchange_max(s, tokens, p.scale_log2, exchange, slice, lane);
             common::named_sync(kTileBarrier + group, kWarpsPerTile * 32);
             exchange_weights<T, kHeadDim>(state, s, exchange, slice, lane);
@@ -107,7 +107,7 @@ __device__ __forceinline__ void compute(const Params& p, const Shared<kHeadDim>&
             common::named_sync(kTileBarrier + group, kWarpsPerTile * 32);
             common::mbarrier_wait(ring.full(cursor.stage, 1), cursor.phase);
             add_values<T, kHeadDim>(state, weights, v_tile, at, lane);
-            common::release_stage(ring.empty(cursor.stage, 1), lane);
+            common::release_stage_behind(ring.empty(cursor.stage, 1), lane, state.last_values());
             cursor.advance(kTileGroups, ring.stages);
         }
         index += piece.tiles;

@@ -33,6 +33,14 @@ struct GroupState {
     float sum[4];        // a fragment of equal rows: ones x P^T
     float o[kParts][4];  // O^T: column lane / 4 and 8 more, heads 2 * (lane % 4) and the next
 
+    // Depends on all values that were added.
+    __device__ float last_values() const {
+        uint32_t bits = 0;
+#pragma unroll
+        for (const auto& part : o) bits |= __float_as_uint(part[0]);
+        return __uint_as_float(bits);
+    }
+
     __device__ static GroupState empty() { return {{-INFINITY, -INFINITY}, {}, {}}; }
 
     // The first of the 16 columns of part `part`.
@@ -154,9 +162,7 @@ __device__ __forceinline__ void clear_values(uint32_t tile, int tokens, int slic
                                (slice * kSliceTokens + token) * kStagedRowBytes + chunk % 8 * 16;
         asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(place), "r"(0) : "memory");
     }
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // before the copy engine writes there again
-#endif
+    common::fence_async_proxy();  // before the copy engine writes there again
 }
 
 // What a thread holds of a unit in the end: heads 2 * (lane % 4) and the next, columns lane / 4 and 8 more of 16.

@@ -152,7 +152,7 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
                 accumulator.add((weight + offset) ^ other_half, (x + offset) ^ other_half, factors + chunk * 64,
                                 row_warp);
             }
-            common::release_stage(b.empty(cursor.stage), lane);
+            common::release_stage_behind(b.empty(cursor.stage), lane, accumulator.all_bits());
             cursor.advance(p.stages);
         }
         common::named_sync(1, kConsumers);  // the ring, or the previous tile's sums, are no longer read

@@ -89,6 +89,18 @@ struct Accumulator {
         }
     }
 
+    // Depends on all that was read: on one sum of every product, and on the squares.
+    __device__ __forceinline__ float all_bits() const {
+        uint32_t bits = 0;
+#pragma unroll
+        for (const auto& row : sums)
+#pragma unroll
+            for (const auto& tile : row) bits |= __float_as_uint(tile[0]);
+#pragma unroll
+        for (const float square : squares) bits |= __float_as_uint(square);
+        return __uint_as_float(bits);
+    }
+
     // To partials [token][stride], of this warp's columns and from its first token on.
     __device__ __forceinline__ void store(float* partials, int stride, int tile_rows, int row_warp, int lane) const {
 #pragma unroll
