@@ -144,9 +144,10 @@ def measure(shape: bench.Shape, peers: dict, ladder: bool) -> dict:
     inputs = bench.Inputs(shape, bench.copies_for(shape))
     kernels, skipped = {}, {}
     if ladder:
-        kernels = {version: bench.ours(inputs, version=version) for version in ops.VERSIONS}
+        kernels = {version: bench.ours(inputs, version=version, pdl=False) for version in ops.VERSIONS}
     else:
         kernels["ours"] = bench.ours(inputs)
+        kernels["ours, launched alone"] = bench.ours(inputs, pdl=False)
         if not shape.ragged:
             kernels["ours, block table"] = bench.ours(inputs, rows={"block_table": inputs.table})
     mine = list(kernels)

@@ -1,7 +1,8 @@
 """Decode attention on one GPU, measured fairly: ours beside FA2, FA3 and FlashInfer on the same cold bytes.
 
 A case is timed inside a CUDA graph that walks over several caches, together larger than any L2, so every call finds its
-cache in DRAM. A figure is the graph's time over its calls, so it holds the launch gap, for every kernel alike. The
+cache in DRAM. A figure is the graph's time over its calls, so it holds the launch gap, for every kernel alike. Ours is
+launched as the engine does, and FlashInfer by default too: with programmatic dependent launch where the GPU has it. The
 kernels of a case take turns, replay by replay, and the median counts. Each result is compared with fp32 first.
 """
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from benchmarks.graph_timing import capture, replay_seconds
 from benchmarks.peaks import H200_READ_BANDWIDTH
 from llama3.ops import decode_attn as ops
+from llama3.ops.elementwise import can_overlap
 
 READ_CEILING = H200_READ_BANDWIDTH
 ROTATED_BYTES = 1 << 30
@@ -121,8 +123,9 @@ def _over_copies(call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], inp
 
 
 def ours(inputs: Inputs, **options) -> list[Call]:
-    """Our kernel over every copy; options as of decode_attn."""
+    """Our kernel over every copy; options as of decode_attn, but for `pdl`, which is on where the GPU has it."""
     rows = options.pop("rows", inputs.rows)
+    options.setdefault("pdl", can_overlap(inputs.q.device))
     workspace, out = ops.make_workspace(), torch.empty_like(inputs.q)
 
     def call(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -144,7 +147,9 @@ def fused(inputs: Inputs) -> list[Call]:
     workspace = ops.make_workspace()
 
     def call(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return ops.rope_append_decode(qkv, cos, sin, k, v, positions, **inputs.rows, out=out, workspace=workspace)
+        return ops.rope_append_decode(
+            qkv, cos, sin, k, v, positions, **inputs.rows, out=out, workspace=workspace, pdl=can_overlap(qkv.device)
+        )
 
     return _over_copies(call, inputs)
 
