@@ -3,12 +3,14 @@
 A case is timed inside a CUDA graph that walks over several caches, together larger than any L2, so every call finds its
 cache in DRAM. A figure is the graph's time over its calls, so it holds the launch gap, for every kernel alike. Ours is
 launched as the engine does, and FlashInfer by default too: with programmatic dependent launch where the GPU has it. The
-kernels of a case take turns, replay by replay, and the median counts. Each result is compared with fp32 first.
+kernels of a case take turns, replay by replay in an order drawn anew, and the median counts. Each result is compared
+with fp32 first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -253,9 +255,9 @@ def time_together(
                 graph.replay()
             torch.cuda.synchronize()
         seconds: dict[str, list[float]] = {name: [] for name in graphs}
-        for _ in range(replays):
-            for name, graph in graphs.items():
-                seconds[name].append(replay_seconds(graph) / len(kernels[name]))
+        for turn in range(replays):
+            for name in random.Random(turn).sample(list(graphs), len(graphs)):  # what ran before matters, up to 2 %
+                seconds[name].append(replay_seconds(graphs[name]) / len(kernels[name]))
     result = {}
     for name, values in seconds.items():
         ordered = sorted(values)

@@ -155,6 +155,11 @@ struct Walk {
         return p.block_table ? __ldg(p.block_table + row * p.stride_table_row + tile) : slot * p.blocks_per_slot + tile;
     }
 
+    // That of tile `index + done + lane`, for 32 of the next `count` tiles; lanes beyond them get the last one's.
+    __device__ __forceinline__ int block_of_lane(const Params& p, int done, int count, int lane) const {
+        return block(p, index + min(done + lane, count - 1));
+    }
+
     // To the first tile of the next unit; there must be one.
     __device__ void next_unit(const Rows& rows) {
         index = 0;

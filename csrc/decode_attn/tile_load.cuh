@@ -75,18 +75,23 @@ __device__ __forceinline__ void load_tile(const Params& p, const TensorMaps& map
     }
 }
 
-// The keys of the first tile.
+// The keys of the first of the block's `tiles` tiles. Returns the cache blocks of the first 32 that are in its unit,
+// one a lane: a block table is then read only once before the first values are asked for.
 template <typename T, int kHeadDim, Loader kLoader>
-__device__ __forceinline__ void load_first_keys(const Params& p, const TensorMaps& maps, const Walk& walk,
-                                                const Ring& ring, int lane) {
+__device__ __forceinline__ int load_first_keys(const Params& p, const TensorMaps& maps, const Walk& walk, int tiles,
+                                               const Ring& ring, int lane) {
+    const int my_block = walk.block_of_lane(p, 0, min(walk.count - walk.index, tiles), lane);
     const int tokens = min(walk.tokens - walk.index * kBlockSize, kBlockSize);
-    load_tile<T, kHeadDim, kLoader, true>(p, maps, ring, {0}, 0, walk.block(p, walk.index), walk.head, tokens, lane);
+    const int block = __shfl_sync(~0u, my_block, 0);
+    load_tile<T, kHeadDim, kLoader, true>(p, maps, ring, {0}, 0, block, walk.head, tokens, lane);
+    return my_block;
 }
 
-// The block's `tiles` tiles, at least one, the first of them at `walk`, without what load_first_keys has asked for.
+// The block's `tiles` tiles, at least one, the first of them at `walk`, without what load_first_keys has asked for;
+// `my_block` is what it returned.
 template <typename T, int kHeadDim, Loader kLoader>
 __device__ __forceinline__ void load_tiles(const Params& p, const TensorMaps& maps, const Rows& rows, Walk walk,
-                                           int tiles, const Ring& ring, int lane) {
+                                           int tiles, int my_block, const Ring& ring, int lane) {
     struct {
         RingCursor cursor;
         int block, head, tokens;
@@ -100,8 +105,7 @@ __device__ __forceinline__ void load_tiles(const Params& p, const TensorMaps& ma
         now.head = walk.head;
 #pragma unroll 1
         for (int done = 0; done < count; done += 32) {
-            const int mine = walk.index + min(done + lane, count - 1);  // each lane looks up one of 32 blocks
-            const int my_block = walk.block(p, mine);
+            if (!first) my_block = walk.block_of_lane(p, done, count, lane);
 #pragma unroll 1
             for (int i = 0; i < min(32, count - done); ++i) {
                 now.block = __shfl_sync(~0u, my_block, i);
