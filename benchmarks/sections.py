@@ -23,8 +23,10 @@ def sections(records: list[Record]) -> dict[str, str]:
     suites = [record for record in records if record.suite == "seed" and record.measurements]
     profiles = [record for record in records if record.suite == "profile" and record.measurements]
     measured = [record for record in records if record.measurements]
+    shown = {record.subject for record in suites if SUMMARY_SAMPLING in record.samplings()}
+    summaries = [r for r in suites if SUMMARY_SAMPLING in r.samplings() or r.subject not in shown]
     parts = {
-        "model-summary": [_summary(record) for record in suites] or [_figures(record) for record in measured],
+        "model-summary": [_summary(record) for record in summaries] or [_figures(record) for record in measured],
         "model-throughput": [throughput_tables(record, "####").strip() for record in suites],
         "model-profile": [_boxes(record) for record in profiles],
         "model-figures": [_figures(record) for record in measured],
@@ -68,7 +70,7 @@ def _boxes(record: Record) -> str:
 
 
 def _figures(record: Record) -> str:
-    return _titled(record, figures_table(record), f", suite {record.suite}")
+    return _titled(record, figures_table(record), _part(record))
 
 
 def _idle(records: list[Record]) -> list[str]:
@@ -100,11 +102,17 @@ def _conditions(record: Record) -> str:
     for name, details in record.engines.items():
         versions = [f"{key} {details[key]}" for key in ("vllm", "transformers", "kernels") if key in details]
         known.append(f"{MODES[name].label}: {', '.join(versions) or 'did not start'}")
-    return _titled(record, "\n".join(f"- {line}" for line in known + record.notes), f", suite {record.suite}")
+    return _titled(record, "\n".join(f"- {line}" for line in known + record.notes), _part(record))
 
 
 def _scaled(value: float | None, unit: float) -> float | None:
     return None if value is None else value / unit
+
+
+def _part(record: Record) -> str:
+    """Which part of a model's results: a suite may be in two files, one for each way of sampling."""
+    names = record.samplings()
+    return f", suite {record.suite}" + (f", {SAMPLINGS[names[0]].title}" if len(names) == 1 else "")
 
 
 def _titled(record: Record, text: str, suffix: str = "") -> str:

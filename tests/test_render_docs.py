@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.sections import NOTHING, sections
+from benchmarks.sections import NOTHING, plots, sections
 from llama3.errors import ConfigError
 from tests.benchmark_records import make_record
 from tools import render_docs
@@ -179,6 +179,17 @@ def test_every_section_of_a_full_set_of_whole_model_results() -> None:
     assert "- time budget: something" in made["model-conditions"] and "787 TFLOP/s" in made["model-conditions"]
     assert set(sections([]).values()) == {NOTHING}
     assert sections([profile])["model-summary"] == sections([profile])["model-figures"]
+
+
+def test_one_suite_may_be_in_a_file_for_each_way_of_sampling() -> None:
+    mission, greedy = (make_record({"ours": 0.001}, samplings=(name,)) for name in ("mission", "greedy"))
+    made = sections([greedy, mission])
+    assert made["model-summary"] == sections([mission])["model-summary"]
+    assert sections([greedy])["model-summary"] != made["model-summary"]
+    for part in ("model-figures", "model-conditions"):
+        titles = [line for line in made[part].splitlines() if line.startswith("#")]
+        assert titles == [f"#### 1b on H200, suite seed, {how}" for how in ("greedy", "temperature 0.6, top-p 0.9")]
+    assert len(plots([greedy, mission])) == 2
 
 
 def test_what_a_run_of_the_op_benchmark_does_not_measure_is_said_to_be_missing() -> None:
