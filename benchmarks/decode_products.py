@@ -10,6 +10,7 @@ weights and cache over the memory's read rate, measured in the same run.
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +19,8 @@ import torch
 from benchmarks.environment import describe
 from benchmarks.graph_timing import microseconds
 from benchmarks.peaks import measure_read
+from llama3.device import resolve_device
+from llama3.errors import UserError
 from llama3.forward_batch import DecodeBatch
 from llama3.kv_cache import KVCache
 from llama3.model import Transformer
@@ -31,19 +34,28 @@ REPEATS = 9
 READ_BYTES = 8 << 30
 
 
+def current_gpu() -> torch.device:
+    """The GPU in use, by its number. Exits with one line where there is none."""
+    try:
+        resolve_device("cuda")
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 class Step:
     """One model with random weights and a random cache."""
 
     def __init__(self, shape: str) -> None:
-        self.config, device = shape_config(shape), torch.device("cuda", torch.cuda.current_device())
+        self.config, device = shape_config(shape), current_gpu()
         reason = CudaOps.why_not(self.config, torch.bfloat16, device)
         if reason is not None:
             raise SystemExit(reason)
         self.weights = random_weights(self.config, device, torch.bfloat16)
         self.ops = CudaOps(self.config, device)
 
-    def time(self, num_tokens: int, context: int) -> dict[str, float]:
-        """Medians in microseconds: with one kernel a product, and with cuBLASLt before and after that."""
+    def decode(self, num_tokens: int, context: int) -> Callable[[], torch.Tensor]:
+        """One step over a cache of `context` tokens a row, without sampling."""
         config = self.config
         model = Transformer(config, self.weights, self.ops, RopeTable.build(config, context + 1, "cuda"))
         cache = KVCache(config, num_tokens, context + 1, torch.bfloat16, "cuda")
@@ -53,14 +65,19 @@ class Step:
         batch = DecodeBatch(slots, torch.full_like(slots, context), context + 1)
         ids = torch.arange(num_tokens, device="cuda")
         gemm_search.expect_decode(num_tokens)
+        return lambda: model.decode_step(ids, batch, cache)
+
+    def time(self, num_tokens: int, context: int) -> dict[str, float]:
+        """Medians in microseconds: with one kernel a product, and with cuBLASLt before and after that."""
+        decode = self.decode(num_tokens, context)
 
         def measure(one_kernel: bool) -> float:
             families = linear.ONE_KERNEL if one_kernel else ()
             with mock.patch.object(linear, "ONE_KERNEL", families):
-                return statistics.median(microseconds([lambda: model.decode_step(ids, batch, cache)], REPEATS))
+                return statistics.median(microseconds([decode], REPEATS))
 
         before, ours, after = measure(False), measure(True), measure(False)
-        moved = config.decode_weight_bytes() + num_tokens * context * config.kv_bytes_per_token()
+        moved = self.config.decode_weight_bytes() + num_tokens * context * self.config.kv_bytes_per_token()
         return {"ours_us": ours, "cublaslt_us": before, "cublaslt_again_us": after, "moved_bytes": moved}
 
 
@@ -75,7 +92,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=numbers, default=[128, 2048])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    bandwidth = measure_read(torch.device("cuda", torch.cuda.current_device()), READ_BYTES)
+    bandwidth = measure_read(current_gpu(), READ_BYTES)
     rows = []
     for shape in args.shape.split(","):
         step = Step(shape)

@@ -1,11 +1,16 @@
-"""The table of the op benchmark, and its words when it cannot run."""
+"""The table of the op benchmark, its words when it cannot run, and the search for the products' plans."""
 
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import ops
+import torch
+
+from benchmarks import ops, product_plans
+from llama3.shapes import shape_config
+from llama3.weights import random_weights
 
 ROOT = Path(ops.__file__).parent.parent
 
@@ -31,3 +36,23 @@ def test_no_gpu_is_one_line() -> None:
         command, cwd=ROOT, capture_output=True, text=True, env={"PATH": "", "CUDA_VISIBLE_DEVICES": ""}
     )
     assert run.returncode == 2 and run.stderr.startswith("benchmarks.ops: ") and run.stderr.count("\n") == 1
+
+
+def test_the_best_plan_of_each_product_is_kept_for_the_next_one() -> None:
+    few, many, impossible = (product_plans.Plan(splits) for splits in (1, 4, 8))
+    cost = {"qkv": {few: 5.0, many: 3.0}, "o": {few: 1.0, many: 2.0}}
+
+    def measure(plans: Mapping[str, product_plans.Plan]) -> float | None:
+        if impossible in plans.values() or "down" in plans:
+            return None
+        return sum(cost[name][plans.get(name, few)] for name in cost)
+
+    found = product_plans.search(("qkv", "down", "o"), (few, impossible, many), measure)
+    assert found == [("qkv", many, 4.0), ("o", few, 4.0)]
+
+
+def test_the_products_of_a_layer_are_those_of_its_weights() -> None:
+    config = shape_config("tiny")
+    layer = random_weights(config, "cpu", torch.bfloat16).layers[0]
+    shapes = {tuple(weight.shape) for weight in vars(layer).values() if weight.dim() == 2}
+    assert {(rows, size) for _, rows, size in product_plans.products(config).values()} == shapes
