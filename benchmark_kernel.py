@@ -14,7 +14,6 @@ Needs a CUDA GPU. Every result is compared with fp32 before it is timed; how tim
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 
 import load_custom_kernels
+from benchmarks.json_file import write_json
 from llama3.errors import UserError
 from llama3.ops import decode_attn as ops
 from tools import decode_bench as bench
@@ -133,8 +133,7 @@ def run_suite(args: argparse.Namespace) -> None:
         "rows": rows,
     }
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(document, args.json)
     if args.plot:
         plot_bandwidth.draw(plot_bandwidth.plot_data(document), args.plot)
 

@@ -8,7 +8,6 @@ product; the same chain without attention. The chains' difference is what attent
 """
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -21,12 +20,13 @@ import torch
 
 from benchmarks.environment import describe
 from benchmarks.graph_timing import Call, capture, replay_seconds
+from benchmarks.json_file import write_json
+from benchmarks.layer import cuda_ops
 from benchmarks.text_table import markdown_table, number
 from llama3.errors import UserError
 from llama3.forward_batch import DecodeBatch
 from llama3.kv_cache import KVCache
 from llama3.ops import gemm_search
-from llama3.ops.cuda import CudaOps
 from llama3.rope import RopeTable
 from llama3.shapes import shape_config
 
@@ -61,12 +61,9 @@ class Chain:
 
     def __init__(self, case: Case) -> None:
         config = shape_config(case.shape, min(shape_config(case.shape).num_layers, MAX_LAYERS))
+        self.ops, self.config = cuda_ops(config), config
         device = torch.device("cuda", torch.cuda.current_device())
-        reason = CudaOps.why_not(config, DTYPE, device)
-        if reason is not None:
-            raise UserError(reason)
         gemm_search.expect_decode(case.rows)
-        self.ops, self.config = CudaOps(config, device), config
         self.cache = KVCache(config, case.rows, case.capacity, DTYPE, device)
         self.cache.k.normal_()
         self.cache.v.normal_()
@@ -142,8 +139,7 @@ def main() -> int:
     try:
         rows = [measure(Case.of(text)) for text in args.case or CASES]
         if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(describe() | {"dtype": "bfloat16", "rows": rows}, indent=1) + "\n")
+            write_json(describe() | {"dtype": "bfloat16", "rows": rows}, args.json)
     except (UserError, OSError) as error:
         print(f"benchmarks.attention_chain: {error}", file=sys.stderr)
         return 2

@@ -8,16 +8,18 @@ weights and cache over the memory's read rate, measured in the same run.
 """
 
 import argparse
-import json
-import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 
 from benchmarks.environment import describe
-from benchmarks.graph_timing import microseconds
+from benchmarks.graph_timing import median_microseconds
+from benchmarks.json_file import write_json
+from benchmarks.layer import cuda_ops
 from benchmarks.peaks import measure_read
 from llama3.device import resolve_device
 from llama3.errors import UserError
@@ -25,7 +27,6 @@ from llama3.forward_batch import DecodeBatch
 from llama3.kv_cache import KVCache
 from llama3.model import Transformer
 from llama3.ops import gemm_search, linear
-from llama3.ops.cuda import CudaOps
 from llama3.rope import RopeTable
 from llama3.shapes import shape_config
 from llama3.weights import random_weights
@@ -34,25 +35,13 @@ REPEATS = 9
 READ_BYTES = 8 << 30
 
 
-def current_gpu() -> torch.device:
-    """The GPU in use, by its number. Exits with one line where there is none."""
-    try:
-        resolve_device("cuda")
-    except UserError as error:
-        raise SystemExit(str(error)) from None
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 class Step:
     """One model with random weights and a random cache."""
 
     def __init__(self, shape: str) -> None:
-        self.config, device = shape_config(shape), current_gpu()
-        reason = CudaOps.why_not(self.config, torch.bfloat16, device)
-        if reason is not None:
-            raise SystemExit(reason)
-        self.weights = random_weights(self.config, device, torch.bfloat16)
-        self.ops = CudaOps(self.config, device)
+        self.config = shape_config(shape)
+        self.ops = cuda_ops(self.config)
+        self.weights = random_weights(self.config, torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
 
     def decode(self, num_tokens: int, context: int) -> Callable[[], torch.Tensor]:
         """One step over a cache of `context` tokens a row, without sampling."""
@@ -74,7 +63,7 @@ class Step:
         def measure(one_kernel: bool) -> float:
             families = linear.ONE_KERNEL if one_kernel else ()
             with mock.patch.object(linear, "ONE_KERNEL", families):
-                return statistics.median(microseconds([decode], REPEATS))
+                return median_microseconds([decode], REPEATS)
 
         before, ours, after = measure(False), measure(True), measure(False)
         moved = self.config.decode_weight_bytes() + num_tokens * context * self.config.kv_bytes_per_token()
@@ -85,19 +74,13 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="1b")
-    parser.add_argument("--tokens", type=numbers, default=[2, 4, 8, 16, 24, 32, 48, 64, 96, 128])
-    parser.add_argument("--contexts", type=numbers, default=[128, 2048])
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    bandwidth = measure_read(current_gpu(), READ_BYTES)
+def run(shapes: list[str], contexts: list[int], token_counts: list[int]) -> dict[str, Any]:
+    bandwidth = measure_read(resolve_device("cuda"), READ_BYTES)
     rows = []
-    for shape in args.shape.split(","):
+    for shape in shapes:
         step = Step(shape)
-        for context in args.contexts:
-            for num_tokens in args.tokens:
+        for context in contexts:
+            for num_tokens in token_counts:
                 times = step.time(num_tokens, context)
                 times["floor_us"] = times.pop("moved_bytes") / bandwidth * 1e6
                 rows.append({"shape": shape, "tokens": num_tokens, "context_len": context, **times})
@@ -105,10 +88,25 @@ def main() -> None:
                 print(f"{shape} {num_tokens:3} tokens, context {context}: {figures}", flush=True)
         del step
         torch.cuda.empty_cache()
+    return describe() | {"read_bandwidth": bandwidth, "rows": rows}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="1b")
+    parser.add_argument("--tokens", type=numbers, default=[2, 4, 8, 16, 24, 32, 48, 64, 96, 128])
+    parser.add_argument("--contexts", type=numbers, default=[128, 2048])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    try:
+        results = run(args.shape.split(","), args.contexts, args.tokens)
+    except UserError as error:
+        print(f"benchmarks.decode_products: {error}", file=sys.stderr)
+        return 2
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(describe() | {"read_bandwidth": bandwidth, "rows": rows}, indent=1) + "\n")
+        write_json(results, args.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

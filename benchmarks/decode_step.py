@@ -10,7 +10,6 @@ and cache over the memory's measured read rate.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.graph_timing import capture, replay_seconds
+from benchmarks.json_file import write_json
 from benchmarks.peaks import H200_READ_BANDWIDTH
 from llama3.config import ModelConfig
 from llama3.decode_state import DecodeState
@@ -159,8 +159,7 @@ def main() -> int:
     if args.json:
         properties = torch.cuda.get_device_properties(0)
         about = {"gpu": properties.name, "torch": torch.__version__, "cuda": torch.version.cuda, "tokens": TOKENS}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        write_json({"about": about, "rows": rows}, args.json)
     return 0
 
 

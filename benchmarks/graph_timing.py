@@ -1,5 +1,6 @@
 """Times on a GPU by replays of CUDA graphs: the host is not in them, the gap that a node of a graph costs is."""
 
+import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,3 +35,7 @@ def microseconds(calls: Sequence[Call], repeats: int) -> list[float]:
     graph = capture(calls)
     graph.replay()
     return [replay_seconds(graph) * 1e6 / len(calls) for _ in range(repeats)]
+
+
+def median_microseconds(calls: Sequence[Call], repeats: int) -> float:
+    return statistics.median(microseconds(calls, repeats))

@@ -6,7 +6,6 @@ The norm before a product counts for both; SwiGLU is fused in ours and a kernel 
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +16,8 @@ import torch
 
 from benchmarks.environment import describe
 from benchmarks.graph_timing import microseconds
+from benchmarks.json_file import write_json
+from benchmarks.layer import product_shapes
 from benchmarks.text_table import markdown_table
 from llama3.config import ModelConfig
 from llama3.ops import elementwise, gemm, linear
@@ -30,15 +31,14 @@ Call = Callable[[int], torch.Tensor]
 
 def calls(config: ModelConfig, num_tokens: int) -> dict[str, tuple[int, Call, Call]]:
     """Of each product of a layer: its FLOPs, cuBLASLt's way and ours, as functions of the layer."""
-    hidden, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+    hidden, eps = config.hidden_size, config.rms_norm_eps
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
-    x, attn, mid = (normal(num_tokens, n) for n in (hidden, config.q_size, inner))
+    x, attn, mid = (normal(num_tokens, n) for n in (hidden, config.q_size, config.intermediate_size))
     norm = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
-    sizes = {"qkv": (config.qkv_size, hidden), "o": (hidden, config.q_size), "gate-up": (2 * inner, hidden)}
-    sizes["down"] = (hidden, inner)
+    sizes = product_shapes(config)
     weights = {name: [normal(*size) * size[1] ** -0.5 for _ in range(NUM_LAYERS)] for name, size in sizes.items()}
 
     def normed() -> torch.Tensor:
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [row for shape in args.shape.split(",") for count in COUNTS for row in measure(shape, count)]
     print(table(rows))
     if args.json:
-        args.json.write_text(json.dumps({**describe(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        write_json(describe() | {"rows": rows}, args.json)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

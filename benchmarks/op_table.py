@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.layer import product_shapes
 from benchmarks.peaks import Peaks
 from benchmarks.text_table import markdown_table, number
 from llama3.config import ModelConfig
@@ -17,14 +18,10 @@ def op_bytes(config: ModelConfig, dtype: torch.dtype, op: str, batch_size: int, 
 
     None for what is no op of the model.
     """
-    hidden, layers = config.hidden_size, config.num_layers
-    elements = {
-        "qkv": layers * config.qkv_size * hidden,
-        "o": layers * config.q_size * hidden,
-        "gate-up": layers * 2 * config.intermediate_size * hidden,
-        "down": layers * config.intermediate_size * hidden,
+    elements = {name: config.num_layers * rows * size for name, (rows, size) in product_shapes(config).items()}
+    elements |= {
         "head": config.embedding_parameters,
-        "embed": batch_size * hidden,
+        "embed": batch_size * config.hidden_size,
         "sample": batch_size * config.vocab_size,
     }
     if op == "attention":

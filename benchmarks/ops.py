@@ -9,7 +9,6 @@ the floor is the larger of weights and activations over the read bandwidth, and 
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks.environment import describe
-from benchmarks.graph_timing import microseconds
+from benchmarks.graph_timing import median_microseconds
+from benchmarks.json_file import write_json
+from benchmarks.layer import cuda_ops, product_shapes
 from benchmarks.peaks import KNOWN
 from benchmarks.text_table import markdown_table, number
 from llama3.config import ModelConfig
@@ -42,22 +43,17 @@ Row = dict[str, Any]
 
 def measure(run: Callable[[int], object], calls: int) -> float:
     """Median microseconds of one of run(0) ... run(calls - 1), from replays of a graph of them all."""
-    return statistics.median(microseconds([partial(run, i) for i in range(calls)], REPETITIONS))
+    return median_microseconds([partial(run, i) for i in range(calls)], REPETITIONS)
 
 
 def measure_products(ops: CudaOps, config: ModelConfig, num_tokens: int) -> list[Row]:
     """The four projections of a layer and, in decode, the head: each with what the seam fuses with it."""
-    hidden, intermediate, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+    hidden, eps = config.hidden_size, config.rms_norm_eps
     norm = torch.ones(hidden, dtype=DTYPE, device="cuda")
-    shapes = {
-        "qkv": (config.qkv_size, hidden, 0),
-        "o": (hidden, config.q_size, hidden),
-        "gate-up": (2 * intermediate, hidden, 0),
-        "down": (hidden, intermediate, hidden),
-        "head": (config.vocab_size, hidden, 0),
-    }
+    shapes = product_shapes(config) | {"head": (config.vocab_size, hidden)}
     rows = []
-    for name, (num_rows, size, added) in shapes.items():
+    for name, (num_rows, size) in shapes.items():
+        adds_residual = name in ("o", "down")
         if name == "head" and num_tokens > MAX_DECODE_TOKENS:
             continue  # a prefill needs the head for last tokens only
         count = min(max(2, ROTATED_BYTES // (num_rows * size * DTYPE.itemsize) + 1), MAX_LAYERS)
@@ -65,15 +61,15 @@ def measure_products(ops: CudaOps, config: ModelConfig, num_tokens: int) -> list
         x = torch.randn(num_tokens, size, device="cuda").to(DTYPE)
         residual = torch.randn(num_tokens, hidden, device="cuda").to(DTYPE)
 
-        def run(i: int, name: str = name, x=x, weights=weights, residual=residual) -> torch.Tensor:
+        def run(i: int, name=name, adds=adds_residual, x=x, weights=weights, residual=residual) -> torch.Tensor:
             weight = weights[i % len(weights)]
-            if name in ("o", "down"):
+            if adds:
                 return ops.linear_add(x, weight, residual)
             return (ops.norm_swiglu if name == "gate-up" else ops.norm_linear)(x, norm, weight, eps)
 
         us = measure(run, 2 * count if num_tokens <= MAX_DECODE_TOKENS else 3)
-        out = intermediate if name == "gate-up" else num_rows
-        moved = (num_rows * size + num_tokens * (size + out + added)) * DTYPE.itemsize
+        out = num_rows // 2 if name == "gate-up" else num_rows
+        moved = (num_rows * size + num_tokens * (size + out + adds_residual * hidden)) * DTYPE.itemsize
         rows.append(
             {"op": name, "tokens": num_tokens, "us": us, "bytes": moved, "flops": 2 * num_tokens * num_rows * size}
         )
@@ -117,10 +113,7 @@ def run(shapes: list[str], token_counts: list[int]) -> dict[str, Any]:
     results = facts | {"matrix_flops": matrix_flops, "read_bandwidth": read_bandwidth, "dtype": "bfloat16", "rows": []}
     for shape in shapes:
         config = shape_config(shape)
-        reason = CudaOps.why_not(config, DTYPE, torch.device("cuda"))
-        if reason is not None:
-            raise UserError(reason)
-        ops = CudaOps(config, torch.device("cuda", torch.cuda.current_device()))
+        ops = cuda_ops(config)
         for num_tokens in token_counts:
             is_prefill = num_tokens > MAX_DECODE_TOKENS
             if not is_prefill:
@@ -147,8 +140,7 @@ def main() -> int:
         print(f"benchmarks.ops: {error}", file=sys.stderr)
         return 2
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(results, args.json)
     print(table(results))
     return 0
 

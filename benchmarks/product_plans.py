@@ -8,35 +8,27 @@ and the best is kept while the next one's is looked for. The products run in bat
 
 import argparse
 import itertools
-import json
-import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from benchmarks.decode_products import REPEATS, Step
 from benchmarks.environment import describe
-from benchmarks.graph_timing import microseconds
-from llama3.config import ModelConfig
+from benchmarks.graph_timing import median_microseconds
+from benchmarks.json_file import write_json
+from benchmarks.layer import product_shapes
+from llama3.errors import UserError
 from llama3.ops import batch_linear, linear
 from llama3.ops.batch_linear import Plan
 from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 
-Product = tuple[int, int, int]  # form, rows and columns of the weight
+FORMS = {"qkv": NORM_LINEAR, "o": LINEAR_ADD, "gate-up": NORM_SWIGLU, "down": LINEAR_ADD}
 PLANS = [
     Plan(splits, kib << 10, trigger)
     for splits, kib, trigger in itertools.product(batch_linear.SPLITS, (106, 150, 200), (0, 2))
 ]
-
-
-def products(config: ModelConfig) -> dict[str, Product]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return {
-        "qkv": (NORM_LINEAR, config.qkv_size, hidden),
-        "o": (LINEAR_ADD, hidden, config.q_size),
-        "gate-up": (NORM_SWIGLU, 2 * inner, hidden),
-        "down": (LINEAR_ADD, hidden, inner),
-    }
 
 
 def search(
@@ -58,46 +50,51 @@ def search(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="8b")
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    step = Step(args.shape)
-    decode, of_layer, own = step.decode(args.tokens, args.context), products(step.config), batch_linear.choose_plan
-
-    def time() -> float:
-        return statistics.median(microseconds([decode], REPEATS))
+def run(shape: str, num_tokens: int, context: int) -> dict[str, Any]:
+    step = Step(shape)
+    decode, own = step.decode(num_tokens, context), batch_linear.choose_plan
+    products = {name: (FORMS[name], *size) for name, size in product_shapes(step.config).items()}
 
     def measure(plans: Mapping[str, Plan]) -> float | None:
-        chosen = {of_layer[name]: plan for name, plan in plans.items()}
+        chosen = {products[name]: plan for name, plan in plans.items()}
 
         def choose(form: int, num_tokens: int, num_rows: int, size: int, num_sms: int) -> Plan:
             return chosen.get((form, num_rows, size)) or own(form, num_tokens, num_rows, size, num_sms)
 
         with mock.patch.object(batch_linear, "choose_plan", choose):
             try:
-                return time()
+                return median_microseconds([decode], REPEATS)
             except ValueError:  # no room for it, or too many splits
                 return None
 
     with mock.patch.object(linear, "ONE_KERNEL", ()):
-        library = time()
+        library = median_microseconds([decode], REPEATS)
     with mock.patch.object(batch_linear, "_has_fast_memory", lambda device: False):
-        chosen = time()
-        found = search(of_layer, PLANS, measure)
-    print(f"{args.shape}, {args.tokens} tokens, context {args.context}: cuBLASLt {library:.0f} us, ours {chosen:.0f}")
-    for name, plan, microseconds_a_step in found:
-        print(f"{name:8} {plan}: {microseconds_a_step:.0f}")
+        own_us, found = measure({}), search(products, PLANS, measure)
+    rows = [{"product": name, "plan": plan._asdict(), "us": us} for name, plan, us in found]
+    facts = {"shape": shape, "tokens": num_tokens, "context_len": context}
+    return describe() | facts | {"cublaslt_us": library, "own_us": own_us, "rows": rows}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="8b")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    try:
+        found = run(args.shape, args.tokens, args.context)
+    except UserError as error:
+        print(f"benchmarks.product_plans: {error}", file=sys.stderr)
+        return 2
+    print(f"a step in us: cuBLASLt {found['cublaslt_us']:.0f}, plans as chosen {found['own_us']:.0f}, then with")
+    for row in found["rows"]:
+        print(f"{row['product']:8} {row['plan']}: {row['us']:.0f}")
     if args.json is not None:
-        rows = [{"product": name, "plan": plan._asdict(), "us": us} for name, plan, us in found]
-        document = {"shape": args.shape, "tokens": args.tokens, "context_len": args.context}
-        document |= {"cublaslt_us": library, "chosen_us": chosen, "rows": rows}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(describe() | document, indent=1) + "\n")
+        write_json(found, args.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

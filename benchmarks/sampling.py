@@ -7,7 +7,6 @@ of more than 180 MB together, else they use one, which a batch of up to 64 leave
 """
 
 import argparse
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from benchmarks.environment import describe
 from benchmarks.graph_timing import microseconds
+from benchmarks.json_file import write_json
 from benchmarks.peaks import H200_READ_BANDWIDTH
 from llama3.ops.sampling import sample
 from llama3.sampling import SamplingTensors, sample_tokens
@@ -108,9 +108,8 @@ def main() -> None:
     for row in sorting:
         print(f"PyTorch reference: {row['mode']:12} B {row['batch']:3} {row['us']:10.1f}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         record = {"environment": describe(), "results": results, "sweep": sweep, "reference": sorting}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(record, args.json)
 
 
 if __name__ == "__main__":

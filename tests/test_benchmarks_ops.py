@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import ops, product_plans
+from benchmarks.layer import product_shapes
 from llama3.shapes import shape_config
 from llama3.weights import random_weights
 
@@ -55,4 +56,5 @@ def test_the_products_of_a_layer_are_those_of_its_weights() -> None:
     config = shape_config("tiny")
     layer = random_weights(config, "cpu", torch.bfloat16).layers[0]
     shapes = {tuple(weight.shape) for weight in vars(layer).values() if weight.dim() == 2}
-    assert {(rows, size) for _, rows, size in product_plans.products(config).values()} == shapes
+    assert set(product_shapes(config).values()) == shapes
+    assert product_plans.FORMS.keys() == product_shapes(config).keys()
