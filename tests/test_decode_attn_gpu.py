@@ -7,6 +7,7 @@ import torch
 from decode_attn_helpers import BLOCK, Case, assert_close, error, make_case, truth, with_batch
 
 from llama3.ops import decode_attn as ops
+from llama3.ops.elementwise import can_overlap
 
 pytestmark = pytest.mark.gpu
 
@@ -170,6 +171,37 @@ def test_two_streams_at_once():
     torch.cuda.synchronize()
     for want, got in zip(expected, outs, strict=True):
         assert all(torch.equal(want, x) for x in got)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_overlapping_launches_wait_for_each_other(head_dim):
+    cases = [
+        make_case([200, 64, 1, 130], 32, 8, head_dim, seed=1),
+        make_case([256, 3, 65, 128], 32, 8, head_dim, paged=True, seed=2),
+        make_case([9, 70, 4000, 17], 32, 8, head_dim, paged=True, spare_blocks=3, seed=3),
+    ]
+
+    workspace = ops.make_workspace("cuda")
+
+    def chain(pdl):  # each launch reads what the one before it wrote: queries, and the state in the workspace
+        q, outs = cases[0].q, []
+        for i in range(300):
+            case = cases[i % len(cases)]
+            q = ops.decode_attn(
+                q, case.k_cache, case.v_cache, case.lengths, **case.rows, scale=3.0, workspace=workspace, pdl=pdl
+            )
+            outs.append(q)
+        return torch.stack(outs)
+
+    alone = chain(False)
+    graph = torch.cuda.CUDAGraph()  # launched by the host one by one, they would not come close enough to overlap
+    with torch.cuda.graph(graph):
+        overlapping = chain(can_overlap(torch.device("cuda")))
+    for _ in range(5):
+        overlapping.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(overlapping, alone)
+    assert alone.isfinite().all()
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -168,14 +168,19 @@ __global__ void __launch_bounds__(kThreads, min_blocks<kHeadDim>())
             }
             if (!kFused) common::wait_for_previous_kernel();
             int my_block = 0;
+            TableGuess guess;
             const Share share = Share::find(
-                p, rows, range, inverse_blocks, lane, [] { common::named_sync(kStartBarrier + 1, 2 * 32); },
+                p, rows, range, inverse_blocks, lane,
+                [&] {
+                    if (kLoader == Loader::kTma) guess.ask(p, range, inverse_blocks, lane);
+                    common::named_sync(kStartBarrier + 1, 2 * 32);
+                },
                 [&](const Share& share) {
                     if (lane == 0) *shared.share = share;
                     common::mbarrier_arrive(shared.share_barrier);
                     if (share.tiles > 0)
-                        my_block =
-                            load_first_keys<T, kHeadDim, kLoader>(p, maps, share.walk, share.tiles, shared.ring, lane);
+                        my_block = load_first_keys<T, kHeadDim, kLoader>(p, maps, share.walk, share.tiles, guess,
+                                                                         shared.ring, lane);
                 });
             if (share.tiles > 0)
                 load_tiles<T, kHeadDim, kLoader>(p, maps, rows, share.walk, share.tiles, my_block, shared.ring, lane);

@@ -51,9 +51,9 @@ struct Params {
     const int* slots;        // [batch] row -> slot of the static cache; null: row i is slot i
     const int* block_table;  // [batch, ...] or null: block t of a row is slot * blocks_per_slot + t
     int batch, num_kv_heads;
-    int blocks_per_slot;
-    int stages;     // tiles (K and V) that the ring in shared memory holds; a multiple of kTileGroups
-    int min_tiles;  // a block gets at least this many tiles
+    int blocks_per_slot;  // of the static cache; of a block table the columns
+    int stages;           // tiles (K and V) that the ring in shared memory holds; a multiple of kTileGroups
+    int min_tiles;        // a block gets at least this many tiles
     int stride_table_row;
     int group;         // num_heads / num_kv_heads
     float scale_log2;  // softmax scale * log2(e)

@@ -172,6 +172,24 @@ struct Walk {
     }
 };
 
+// The first 32 entries of one row of the block table, one a lane, asked for while the lengths are on their way: of the
+// row in which the range begins if all rows are equally long. Of contexts up to 2048 tokens the first tile then does
+// not wait for a trip to memory behind the lengths.
+struct TableGuess {
+    int row = -1, entry = 0;
+
+    __device__ __forceinline__ void ask(const Params& p, int range, float inverse_blocks, int lane) {
+        if (!p.block_table) return;
+        row = static_cast<int>((range + 0.5f) * inverse_blocks * p.batch);
+        entry = load_now(p.block_table + row * p.stride_table_row + min(lane, p.blocks_per_slot - 1));
+    }
+    // As Walk::block_of_lane from the walk's tile on.
+    __device__ __forceinline__ int block_of_lane(const Params& p, const Walk& walk, int count, int lane) const {
+        if (row != walk.row || walk.index + min(count, 32) > 32) return walk.block_of_lane(p, 0, count, lane);
+        return __shfl_sync(~0u, entry, walk.index + min(lane, count - 1));
+    }
+};
+
 // What the block does, as its loading warp finds out.
 struct Share {
     Split split;

@@ -79,8 +79,8 @@ __device__ __forceinline__ void load_tile(const Params& p, const TensorMaps& map
 // one a lane: a block table is then read only once before the first values are asked for.
 template <typename T, int kHeadDim, Loader kLoader>
 __device__ __forceinline__ int load_first_keys(const Params& p, const TensorMaps& maps, const Walk& walk, int tiles,
-                                               const Ring& ring, int lane) {
-    const int my_block = walk.block_of_lane(p, 0, min(walk.count - walk.index, tiles), lane);
+                                               const TableGuess& guess, const Ring& ring, int lane) {
+    const int my_block = guess.block_of_lane(p, walk, min(walk.count - walk.index, tiles), lane);
     const int tokens = min(walk.tokens - walk.index * kBlockSize, kBlockSize);
     const int block = __shfl_sync(~0u, my_block, 0);
     load_tile<T, kHeadDim, kLoader, true>(p, maps, ring, {0}, 0, block, walk.head, tokens, lane);

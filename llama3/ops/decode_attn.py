@@ -371,7 +371,7 @@ def _launch(
             v_strides=v_cache.stride()[:3],
             lengths=lengths.data_ptr(),
             slots=_pointer(slots),
-            blocks_per_slot=blocks_per_slot,
+            blocks_per_slot=blocks_per_slot if block_table is None else block_table.shape[1],
             block_table=_pointer(block_table),
             table_stride=0 if block_table is None else block_table.stride(0),
             partials=workspace.data_ptr(),
