@@ -31,20 +31,13 @@ class Transformer:
         wanted: int64 [R], the tokens whose states are asked for, [R, H]; then the last layer computes nothing for
         others once their keys and values are cached.
         """
-        ops, eps, layers = self.ops, self.config.rms_norm_eps, self.weights.layers
-        x, qkv = ops.embed(token_ids, self.weights.embed), None
-        for index, layer in enumerate(layers):
-            if qkv is None:
-                qkv = ops.norm_linear(x, layer.attn_norm, layer.qkv, eps)
+        ops, eps = self.ops, self.config.rms_norm_eps
+        x = ops.embed(token_ids, self.weights.embed)
+        for index, layer in enumerate(self.weights.layers):
+            qkv = ops.norm_linear(x, layer.attn_norm, layer.qkv, eps)
             attn = ops.rope_append_attend(qkv, self.rope, cache.layer(index), batch)
-            following = layers[index + 1] if index + 1 < len(layers) else None
-            if wanted is not None and following is None:
+            if wanted is not None and index == self.config.num_layers - 1:
                 x, attn = x[wanted], attn[wanted]
-            at_once = ops.layer_products(attn, x, layer, following, eps)
-            if at_once is not None:
-                x, qkv = at_once
-                continue
-            qkv = None
             x = ops.linear_add(attn, layer.o, x)
             mid = ops.norm_swiglu(x, layer.mlp_norm, layer.gate_up, eps)
             x = ops.linear_add(mid, layer.down, x)

@@ -15,11 +15,9 @@
 #include <cuda.h>
 
 #include "batch_linear/finish.cuh"
-#include "common/wgmma_shapes.cuh"
+#include "batch_linear/wgmma.cuh"
 
 namespace batch_linear {
-
-using common::operand, common::wgmma, common::wgmma_commit, common::wgmma_fence, common::wgmma_wait;
 
 __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, uint32_t barrier, int column, int row,
                                          uint64_t policy) {

@@ -84,17 +84,6 @@ __device__ __forceinline__ void fence_async_proxy() {
 #endif
 }
 
-// Orders ordinary accesses to global memory, this thread's and those it knows of, before or after the copy engine's.
-__device__ __forceinline__ void fence_async_proxy_global() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void prefetch_l2(const void* address) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
 // The whole warp has read what it needs of a stage that the copy engine will write again. Without the fence the arrival
 // does not wait for loads that are still under way, and the copy can overtake them.
 __device__ __forceinline__ void release_stage(uint32_t empty, int lane) {

@@ -17,7 +17,7 @@ from llama3.kv_cache import KVCache, LayerCache
 from llama3.ops.reference import ReferenceOps
 from llama3.rope import RopeTable
 from llama3.sampling import SamplingTensors
-from llama3.weights import LayerWeights, ModelWeights
+from llama3.weights import ModelWeights
 
 CHOICES = ("auto", "reference", "cuda")
 
@@ -46,10 +46,6 @@ class Ops(Protocol):
     def norm_swiglu(
         self, x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float
     ) -> torch.Tensor: ...
-
-    def layer_products(
-        self, attn: torch.Tensor, x: torch.Tensor, layer: LayerWeights, following: LayerWeights | None, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None: ...
 
     def sample(self, logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor) -> torch.Tensor: ...
 

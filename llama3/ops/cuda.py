@@ -7,17 +7,15 @@ from llama3.config import ModelConfig
 from llama3.decode_state import DecodeState
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache, LayerCache
-from llama3.ops import elementwise, gemm_search, layer_products, linear, prefill_attention, sampling
+from llama3.ops import elementwise, gemm_search, linear, prefill_attention, sampling
 from llama3.ops.decode_attn import MAX_GROUP, rope_append_decode
 from llama3.ops.decode_step import DecodeStep
 from llama3.ops.prefill_attention import PrefillPlan
 from llama3.rope import RopeTable
 from llama3.sampling import SamplingTensors
-from llama3.weights import LayerWeights, ModelWeights
+from llama3.weights import ModelWeights
 
-FAMILIES = (
-    "elementwise", "gemm", "skinny_linear", "batch_linear", "layer_products", "decode_attn", "sampling", "decode_step",
-)  # fmt: skip
+FAMILIES = ("elementwise", "gemm", "skinny_linear", "batch_linear", "decode_attn", "sampling", "decode_step")
 
 
 class CudaOps:
@@ -91,15 +89,6 @@ class CudaOps:
         self, x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float
     ) -> torch.Tensor:
         return linear.norm_swiglu(x, norm_weight, gate_up, eps)
-
-    def layer_products(
-        self, attn: torch.Tensor, x: torch.Tensor, layer: LayerWeights, following: LayerWeights | None, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        behind = () if following is None else (following.attn_norm, following.qkv)
-        if not layer_products.pays(attn.shape[0], layer.o, layer.gate_up, layer.down, *behind[1:]):
-            return None
-        weights = layer.o, layer.mlp_norm, layer.gate_up, layer.down
-        return layer_products.layer_products(attn.contiguous(), x.contiguous(), *weights, eps, *behind)
 
     def sample(self, logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor) -> torch.Tensor:
         return sampling.sample(logits, params, positions)

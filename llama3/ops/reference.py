@@ -12,7 +12,7 @@ from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache, LayerCache
 from llama3.rope import RopeTable
 from llama3.sampling import SamplingTensors, sample_tokens
-from llama3.weights import LayerWeights, ModelWeights
+from llama3.weights import ModelWeights
 
 
 class ReferenceOps:
@@ -53,13 +53,6 @@ class ReferenceOps:
         packed = F.linear(rms_norm(x, norm_weight, eps), gate_up).unflatten(-1, (-1, 2, GATE_UP_GROUP))
         gate, up = packed.unbind(2)  # [T, F / 8, 8] each
         return (F.silu(gate) * up).flatten(1)
-
-    def layer_products(
-        self, attn: torch.Tensor, x: torch.Tensor, layer: LayerWeights, following: LayerWeights | None, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """All products between this layer's attention and the next one's, where they run at once: attn [T, Hq D] and
-        x [T, H] -> x behind the layer, and the qkv of the following one. None: they are to be called one by one."""
-        return None
 
     def sample(self, logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor) -> torch.Tensor:
         """logits [B, V], positions [B] of the tokens to be drawn -> token ids, int64 [B]."""

@@ -6,7 +6,9 @@
 #pragma once
 #include "common/wgmma.cuh"
 
-namespace common {
+namespace batch_linear {
+
+using common::operand, common::wgmma_commit, common::wgmma_fence, common::wgmma_wait;
 
 // `accumulate` 0 starts anew.
 template <int kColumns>
@@ -19,7 +21,6 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint
 #define D32(i) D16(i), D16(i + 16)
 // clang-format off
 #define R16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define R24 R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define R32 R24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define R48 R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
@@ -35,14 +36,12 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint
                      : __VA_ARGS__                                                                                    \
                      : "l"(a), "l"(b), "r"(accumulate));                                                              \
     }
-WGMMA(16, R8, "%8", "%9", "%10", D8(0))
 WGMMA(32, R16, "%16", "%17", "%18", D16(0))
 WGMMA(48, R24, "%24", "%25", "%26", D16(0), D8(16))
 WGMMA(64, R32, "%32", "%33", "%34", D32(0))
 WGMMA(96, R48, "%48", "%49", "%50", D32(0), D16(32))
 WGMMA(128, R64, "%64", "%65", "%66", D32(0), D32(32))
 #undef WGMMA
-#undef R8
 #undef R16
 #undef R24
 #undef R32
@@ -53,4 +52,4 @@ WGMMA(128, R64, "%64", "%65", "%66", D32(0), D32(32))
 #undef D8
 #undef D4
 
-}  // namespace common
+}  // namespace batch_linear
