@@ -4,30 +4,23 @@
 
 namespace batch_linear {
 
-// The kernel for `tokens`, which is one of kTokenCounts, and for tiles of more than kShortRows or not.
+// The kernel for `tokens`, which is one of kTokenCounts.
 template <Form kForm>
-const void* kernel_for(int tokens, bool tall);
-
-template <int kTokens, Form kForm>
-const void* instantiate(bool tall) {
-    if constexpr (kTokens <= kMostTallTokens)
-        if (tall) return reinterpret_cast<const void*>(batch_linear_kernel<kTokens, kForm, true>);
-    return reinterpret_cast<const void*>(batch_linear_kernel<kTokens, kForm, false>);
-}
+const void* kernel_for(int tokens);
 
 template <Form kForm>
-const void* instantiate(int tokens, bool tall) {
+const void* instantiate(int tokens) {
     switch (tokens) {
         case 32:
-            return instantiate<32, kForm>(tall);
+            return reinterpret_cast<const void*>(batch_linear_kernel<32, kForm>);
         case 48:
-            return instantiate<48, kForm>(tall);
+            return reinterpret_cast<const void*>(batch_linear_kernel<48, kForm>);
         case 64:
-            return instantiate<64, kForm>(tall);
+            return reinterpret_cast<const void*>(batch_linear_kernel<64, kForm>);
         case 96:
-            return instantiate<96, kForm>(tall);
+            return reinterpret_cast<const void*>(batch_linear_kernel<96, kForm>);
         default:
-            return instantiate<128, kForm>(tall);
+            return reinterpret_cast<const void*>(batch_linear_kernel<128, kForm>);
     }
 }
 
