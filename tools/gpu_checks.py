@@ -27,6 +27,8 @@ from llama3.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SECONDS_A_TEST = 60  # more than any takes
+
 # What a result depends on: a figure belongs to one state of these.
 SOURCES = ("llama3", "csrc", "tests", "load_custom_kernels.py", "test_llama3.py")
 
@@ -62,6 +64,7 @@ def run_tests(xml: Path, processes: str) -> dict[str, Any]:
     start = time.perf_counter()
     # Without the options of pyproject.toml: a GPU machine need not have the plugins that they are for.
     options = ["-o", "addopts=--strict-markers", "-p", "no:cacheprovider", "-q", "-m", "gpu", "-n", processes]
+    options += ["-o", f"faulthandler_timeout={SECONDS_A_TEST}"]  # says which test hangs, and where
     command = [sys.executable, "-m", "pytest", *options, f"--junitxml={xml}"]
     subprocess.run(command, cwd=ROOT, check=False)
     return {"seconds": time.perf_counter() - start, "files": count_by_file(xml)}
