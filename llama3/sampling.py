@@ -69,8 +69,10 @@ def filter_scores(scores: torch.Tensor, params: SamplingTensors) -> torch.Tensor
     rank = torch.arange(scores.shape[-1], device=scores.device)
     limit = torch.where(params.top_k > 0, params.top_k, scores.shape[-1])[:, None]
     probabilities = torch.where(rank < limit, ordered, -torch.inf).softmax(-1)
-    # A token stays while the mass before it is below top_p, so the likeliest always stays.
-    kept = (probabilities.cumsum(-1) - probabilities < params.top_p[:, None]) & (rank < limit)
+    # A token stays while the mass before it is below top_p, so the likeliest always stays. That mass may round up to 1,
+    # and a top_p of 1 leaves nothing out.
+    top_p = torch.where(params.top_p < 1, params.top_p, torch.inf)[:, None]
+    kept = (probabilities.cumsum(-1) - probabilities < top_p) & (rank < limit)
     kept &= probabilities >= params.min_p[:, None] * probabilities[:, :1]
     threshold = torch.where(kept, ordered, torch.inf).amin(-1, keepdim=True)
     return torch.where(scores >= threshold, scores, -torch.inf)
