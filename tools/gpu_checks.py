@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import environment
+from benchmarks.json_file import write_json
 from llama3.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         report["tests"] = run_tests(Path(folder) / "tests.xml", args.processes)
         report["models"] = [run_full_size(shape, Path(folder)) for shape in tqdm(args.shapes.split(","), "full size")]
-    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(report, args.json)
     failed = sum(counts["failed"] for counts in report["tests"]["files"].values())
     print(f"{failed} failed in {report['tests']['seconds']:.0f} s; {args.json}")
     return int(failed > 0)
