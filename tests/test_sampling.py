@@ -74,12 +74,14 @@ def test_chi_square_against_the_exact_distribution(rule: dict) -> None:
 
 @settings(max_examples=200, deadline=None)
 @example(seed=0, temperature=0.0625, top_k=3, top_p=1.0, min_p=0.0)
+@example(seed=0, temperature=0.125, top_k=3, top_p=1 - 2**-24, min_p=0.0)
 @given(
     seed=st.integers(0, 10**6),
-    temperature=st.floats(0.05, 3),
+    # What a row holds is fp32: a top_p of 1 - 1e-16 is a 1 to it, and would be another rule to transformers in fp64.
+    temperature=st.floats(2**-4, 3, width=32),
     top_k=st.integers(1, 50),
-    top_p=st.floats(0.01, 1),
-    min_p=st.floats(0, 1),
+    top_p=st.floats(2**-7, 1, width=32),
+    min_p=st.floats(0, 1, width=32),
 )
 def test_the_tokens_kept_are_those_of_transformers(
     seed: int, temperature: float, top_k: int, top_p: float, min_p: float
