@@ -78,7 +78,7 @@ def test_chi_square_against_the_exact_distribution(rule: dict) -> None:
 @given(
     seed=st.integers(0, 10**6),
     # What a row holds is fp32: a top_p of 1 - 1e-16 is a 1 to it, and would be another rule to transformers in fp64.
-    temperature=st.floats(2**-4, 3, width=32),
+    temperature=st.floats(3 / 64, 3, width=32),
     top_k=st.integers(1, 50),
     top_p=st.floats(2**-7, 1, width=32),
     min_p=st.floats(0, 1, width=32),
