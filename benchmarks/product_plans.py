@@ -3,7 +3,7 @@
     python -m benchmarks.product_plans --shape 8b --tokens 64 [--context 128] [--json OUT]
 
 The whole decode step is timed, because products follow one another closely; one product's plan is changed at a time,
-and the best is kept while the next one's is looked for. The products run in batch_linear even where cuBLASLt would.
+and the best is kept while the next one's is looked for. The products run in batch_linear even where others would.
 """
 
 import argparse
@@ -21,32 +21,38 @@ from benchmarks.json_file import write_json
 from benchmarks.layer import product_shapes
 from llama3.errors import UserError
 from llama3.ops import batch_linear, linear
-from llama3.ops.batch_linear import Plan
+from llama3.ops.batch_linear import TILE_ROWS, Plan
 from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 
+ORDER = ("gate-up", "down", "qkv", "o")  # by how much they read
 FORMS = {"qkv": NORM_LINEAR, "o": LINEAR_ADD, "gate-up": NORM_SWIGLU, "down": LINEAR_ADD}
-PLANS = [
-    Plan(splits, kib << 10, trigger)
-    for splits, kib, trigger in itertools.product(batch_linear.SPLITS, (106, 150, 200), (0, 2))
-]
+KIB, TRIGGERS = (106, 150, 170, 200), (0, 2)
+
+
+def plans_for(num_rows: int, num_tokens: int) -> list[Plan]:
+    """Tiles of 128 rows, and those of which every cluster has one."""
+    return [
+        Plan(splits, kib << 10, trigger, tile_rows)
+        for splits, kib, trigger in itertools.product(batch_linear.SPLITS, KIB, TRIGGERS)
+        for tile_rows in sorted({TILE_ROWS, batch_linear.one_round_rows(num_rows, num_tokens, splits)})
+    ]
 
 
 def search(
-    names: Iterable[str], plans: Iterable[Plan], measure: Callable[[Mapping[str, Plan]], float | None]
-) -> list[tuple[str, Plan, float]]:
-    """(product, its best plan, the step's time with it and the best ones of the products before), product by product.
+    plans: Mapping[str, Iterable[Plan]], measure: Callable[[Mapping[str, Plan]], float | None]
+) -> dict[str, dict[Plan, float]]:
+    """Of each product in `plans`, the step's time by plan, the fastest first; products before it have their best.
 
     measure: the step's time under the plans given, products that are not in it under their own; None where a plan
     cannot run. A product for which none can is left out.
     """
     best: dict[str, Plan] = {}
-    found = []
-    for name in names:
-        times = {plan: measure(best | {name: plan}) for plan in plans}
-        possible = {plan: time for plan, time in times.items() if time is not None}
-        if possible:
-            best[name] = min(possible, key=possible.__getitem__)
-            found.append((name, best[name], possible[best[name]]))
+    found = {}
+    for name, candidates in plans.items():
+        times = {plan: time for plan in candidates if (time := measure(best | {name: plan})) is not None}
+        if times:
+            found[name] = dict(sorted(times.items(), key=lambda item: item[1]))
+            best[name] = next(iter(found[name]))
     return found
 
 
@@ -58,8 +64,8 @@ def run(shape: str, num_tokens: int, context: int) -> dict[str, Any]:
     def measure(plans: Mapping[str, Plan]) -> float | None:
         chosen = {products[name]: plan for name, plan in plans.items()}
 
-        def choose(form: int, num_tokens: int, num_rows: int, size: int, num_sms: int) -> Plan:
-            return chosen.get((form, num_rows, size)) or own(form, num_tokens, num_rows, size, num_sms)
+        def choose(form: int, num_tokens: int, num_rows: int, size: int, *gpu: Any) -> Plan:
+            return chosen.get((form, num_rows, size)) or own(form, num_tokens, num_rows, size, *gpu)
 
         with mock.patch.object(batch_linear, "choose_plan", choose):
             try:
@@ -69,9 +75,16 @@ def run(shape: str, num_tokens: int, context: int) -> dict[str, Any]:
 
     with mock.patch.object(linear, "ONE_KERNEL", ()):
         library = median_microseconds([decode], REPEATS)
-    with mock.patch.object(batch_linear, "_has_fast_memory", lambda device: False):
-        own_us, found = measure({}), search(products, PLANS, measure)
-    rows = [{"product": name, "plan": plan._asdict(), "us": us} for name, plan, us in found]
+    everywhere = mock.patch.object(batch_linear, "FAST_MEMORY_TOKENS", batch_linear.MAX_TOKENS)
+    with everywhere, mock.patch.object(linear, "ONE_KERNEL", (batch_linear,)):
+        shapes = product_shapes(step.config)
+        own_us = measure({})
+        found = search({name: plans_for(shapes[name][0], num_tokens) for name in ORDER}, measure)
+    rows = [
+        {"product": name, "plan": plan._asdict(), "us": us}
+        for name, times in found.items()
+        for plan, us in times.items()
+    ]
     facts = {"shape": shape, "tokens": num_tokens, "context_len": context}
     return describe() | facts | {"cublaslt_us": library, "own_us": own_us, "rows": rows}
 
@@ -89,8 +102,9 @@ def main() -> int:
         print(f"benchmarks.product_plans: {error}", file=sys.stderr)
         return 2
     print(f"a step in us: cuBLASLt {found['cublaslt_us']:.0f}, plans as chosen {found['own_us']:.0f}, then with")
-    for row in found["rows"]:
-        print(f"{row['product']:8} {row['plan']}: {row['us']:.0f}")
+    for name, rows in itertools.groupby(found["rows"], lambda row: row["product"]):
+        for row in itertools.islice(rows, 3):
+            print(f"{name:8} {row['plan']}: {row['us']:.0f}")
     if args.json is not None:
         write_json(found, args.json)
     return 0

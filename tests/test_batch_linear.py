@@ -14,7 +14,7 @@ from llama3.shapes import shape_config
 BF16 = torch.bfloat16
 GOOD = {"x": 4096, "weight": 4096, "norm": 4096, "residual": 0, "out": 4096, "num_tokens": 64, "num_rows": 64}
 GOOD |= {"size": 128, "eps": 1e-5, "form": NORM_LINEAR, "splits": 1, "trigger": 4, "shared_bytes": 106 << 10}
-GOOD |= {"overlap": False, "stream": 0}
+GOOD |= {"tile_rows": 128, "overlap": False, "stream": 0}
 
 
 @pytest.mark.nvcc
@@ -25,6 +25,9 @@ GOOD |= {"overlap": False, "stream": 0}
         ({"num_tokens": 129}, "num_tokens is 129"),
         ({"size": 96}, "size is 96; expected a multiple of 64"),
         ({"num_rows": 24, "form": NORM_SWIGLU}, "num_rows is 24; expected a multiple of 16"),
+        ({"tile_rows": 48}, "tile_rows is 48; supported here: multiples of 16 from 64 to 256"),
+        ({"tile_rows": 136}, "tile_rows is 136"),
+        ({"tile_rows": 144, "num_tokens": 65}, "tile_rows is 144; supported here: multiples of 16 from 64 to 128"),
         ({"splits": 0}, "splits is 0"),
         ({"splits": 3}, "splits is 3; supported here: 1 to 2"),
         ({"splits": 9, "size": 8192}, "splits is 9; supported here: 1 to 8"),
@@ -60,7 +63,7 @@ def test_tensors_are_named(shapes: tuple, message: str) -> None:
 
 def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_kernel, "is_hopper", lambda device: device.type == "cuda")
-    monkeypatch.setattr(batch_linear, "_has_fast_memory", lambda device: False)
+    monkeypatch.setattr(one_kernel, "has_fast_memory", lambda device: False)
     cuda = torch.device("cuda")
     assert batch_linear.pays(64, 2048, 2048, BF16, cuda) and batch_linear.pays(17, 3072, 2048, BF16, cuda)
     assert batch_linear.pays(128, 28672, 4096, BF16, cuda)
@@ -74,17 +77,18 @@ def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_they_run_on_a_gpu_of_fast_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_kernel, "is_hopper", lambda device: True)
-    monkeypatch.setattr(batch_linear, "_has_fast_memory", lambda device: True)
+    monkeypatch.setattr(one_kernel, "has_fast_memory", lambda device: True)
     cuda = torch.device("cuda")
     assert batch_linear.pays(64, 2048, 8192, BF16, cuda) and batch_linear.pays(17, 3072, 2048, BF16, cuda)
-    assert not batch_linear.pays(65, 2048, 2048, BF16, cuda) and not batch_linear.pays(64, 6144, 4096, BF16, cuda)
+    assert batch_linear.pays(64, 28672, 4096, BF16, cuda) and not batch_linear.pays(65, 2048, 2048, BF16, cuda)
 
 
 @pytest.mark.nvcc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would launch with addresses that are not memory")
+@pytest.mark.parametrize("fast_memory", (False, True))
 @pytest.mark.parametrize("num_tokens", (8, 17, 33, 64, 96, 128))
 @pytest.mark.parametrize("shape", ("1b", "3b", "8b", "tiny"))
-def test_plans_are_what_the_kernel_takes(shape: str, num_tokens: int) -> None:
+def test_plans_are_what_the_kernel_takes(shape: str, num_tokens: int, fast_memory: bool) -> None:
     c = shape_config(shape)
     products = [(NORM_LINEAR, c.qkv_size, c.hidden_size), (LINEAR_ADD, c.hidden_size, c.q_size)]
     products += [
@@ -92,11 +96,11 @@ def test_plans_are_what_the_kernel_takes(shape: str, num_tokens: int) -> None:
         (LINEAR_ADD, c.hidden_size, c.intermediate_size),
     ]
     for form, num_rows, size in products:
-        plan = choose_plan(form, num_tokens, num_rows, size, num_sms=132)
+        plan = choose_plan(form, num_tokens, num_rows, size, 132, fast_memory)
         assert plan.splits in SPLITS
         operands = {"norm": 0, "residual": 4096} if form == LINEAR_ADD else {}
-        given = {"num_tokens": num_tokens, "num_rows": num_rows, "size": size, "form": form, "splits": plan.splits}
-        given["shared_bytes"] = plan.shared_bytes
+        given = {"num_tokens": num_tokens, "num_rows": num_rows, "size": size, "form": form}
+        given |= plan._asdict()
         with contextlib.suppress(RuntimeError):  # the checks are passed, and there is no GPU
             batch_linear.library().product(**(GOOD | operands | given))
 
@@ -107,3 +111,20 @@ def test_llama_1b_fills_the_machine_once() -> None:
     products |= {"gate-up": (NORM_SWIGLU, 16384, 2048), "down": (LINEAR_ADD, 2048, 8192)}
     splits = {name: choose_plan(form, 64, *shape, num_sms=132).splits for name, (form, *shape) in products.items()}
     assert splits == {"qkv": 4, "o": 8, "gate-up": 1, "down": 8}
+
+
+@pytest.mark.parametrize("num_rows", (3072, 4096, 5120, 6144, 16384, 28672))
+def test_with_fast_memory_every_multiprocessor_has_one_tile(num_rows: int) -> None:
+    """Or, where that would take a cluster that finds few places, most of them have."""
+    plan = choose_plan(LINEAR_ADD, 64, num_rows, 4096, 132, fast_memory=True)
+    blocks = -(-num_rows // plan.tile_rows) * plan.splits
+    assert 0.8 * 132 <= blocks <= batch_linear.CLUSTERS_AT_ONCE[plan.splits] * plan.splits <= 132
+
+
+def test_llama_8b_runs_as_measured_with_fast_memory() -> None:
+    products = {"qkv": (NORM_LINEAR, 6144, 4096), "o": (LINEAR_ADD, 4096, 4096)}
+    products |= {"gate-up": (NORM_SWIGLU, 28672, 4096), "down": (LINEAR_ADD, 4096, 14336)}
+    plans = {name: choose_plan(form, 64, *shape, 132, True) for name, (form, *shape) in products.items()}
+    assert {name: (plan.splits, plan.tile_rows) for name, plan in plans.items()} == {
+        "qkv": (2, 96), "o": (2, 64), "gate-up": (1, 224), "down": (2, 64),
+    }  # fmt: skip

@@ -18,6 +18,7 @@ from tests.one_kernel_helpers import (
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper", "poisoned_allocations")]
 COUNTS = (1, 8, 17, 31, 32, 33, 48, 50, 64, 65, 96, 97, 127, 128)
 PLANS = tuple(Plan(splits) for splits in (1, 2, 3, 4, 5, 7, 8))
+ALONE = 200 << 10  # one block a multiprocessor
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -32,6 +33,13 @@ def test_every_plan(num_tokens: int, plan: Plan) -> None:
     if num_tokens > 64 and plan.splits == 7:
         pytest.skip("their sums need more room than a block has")
     check_all(batch_linear, num_tokens, *UNEVEN, {"plan": plan})
+
+
+@pytest.mark.parametrize("splits", (1, 2, 4, 7))
+@pytest.mark.parametrize("tile_rows", (64, 80, 144, 208, 240, 256))
+@pytest.mark.parametrize("num_tokens", (20, 64))
+def test_every_height_of_a_tile(num_tokens: int, tile_rows: int, splits: int) -> None:
+    check_all(batch_linear, num_tokens, *UNEVEN, {"plan": Plan(splits, ALONE, 0, tile_rows)})
 
 
 @pytest.mark.parametrize("num_tokens", (1, 16, 64, 128))

@@ -10,6 +10,8 @@ import torch
 
 from benchmarks import ops, product_plans
 from benchmarks.layer import product_shapes
+from llama3.ops import batch_linear
+from llama3.ops.one_kernel import LINEAR_ADD
 from llama3.shapes import shape_config
 from llama3.weights import random_weights
 
@@ -48,8 +50,16 @@ def test_the_best_plan_of_each_product_is_kept_for_the_next_one() -> None:
             return None
         return sum(cost[name][plans.get(name, few)] for name in cost)
 
-    found = product_plans.search(("qkv", "down", "o"), (few, impossible, many), measure)
-    assert found == [("qkv", many, 4.0), ("o", few, 4.0)]
+    plans = (few, impossible, many)
+    found = product_plans.search({"qkv": plans, "down": plans, "o": plans}, measure)
+    assert found == {"qkv": {many: 4.0, few: 6.0}, "o": {few: 4.0, many: 5.0}}
+    assert [list(times) for times in found.values()] == [[many, few], [few, many]]
+
+
+def test_plans_that_are_tried_hold_the_one_that_is_chosen() -> None:
+    chosen = batch_linear.choose_plan(LINEAR_ADD, 64, 4096, 14336, 132, fast_memory=True)
+    assert chosen in product_plans.plans_for(4096, 64)
+    assert {plan.tile_rows for plan in product_plans.plans_for(4096, 65)} <= set(range(64, 129))
 
 
 def test_the_products_of_a_layer_are_those_of_its_weights() -> None:
@@ -57,4 +67,4 @@ def test_the_products_of_a_layer_are_those_of_its_weights() -> None:
     layer = random_weights(config, "cpu", torch.bfloat16).layers[0]
     shapes = {tuple(weight.shape) for weight in vars(layer).values() if weight.dim() == 2}
     assert set(product_shapes(config).values()) == shapes
-    assert product_plans.FORMS.keys() == product_shapes(config).keys()
+    assert product_plans.FORMS.keys() == product_shapes(config).keys() == set(product_plans.ORDER)

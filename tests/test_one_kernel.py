@@ -18,6 +18,7 @@ class FakeCuda(torch.Tensor):
 @pytest.fixture
 def operands(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     monkeypatch.setattr(one_kernel, "num_sms", lambda device: 132)
+    monkeypatch.setattr(one_kernel, "has_fast_memory", lambda device: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     shapes = {"x": (20, 512), "weight": (256, 512), "norm": (512,), "residual": (20, 256)}
     return {name: torch.zeros(shape, dtype=torch.bfloat16).as_subclass(FakeCuda) for name, shape in shapes.items()}

@@ -66,6 +66,7 @@ def test_other_dtypes_and_residuals_are_named() -> None:
 def test_what_others_do_better(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_kernel, "is_hopper", lambda device: device.type == "cuda")
     cuda = torch.device("cuda")
+    monkeypatch.setattr(one_kernel, "has_fast_memory", lambda device: False)
     assert skinny_linear.pays(16, 2048, 2048, BF16, cuda) and skinny_linear.pays(32, 6144, 4096, BF16, cuda)
     assert not skinny_linear.pays(16, 2048, 2048, BF16, torch.device("cpu"))
     assert not skinny_linear.pays(16, 2048, 2048, torch.float16, cuda)
@@ -73,6 +74,8 @@ def test_what_others_do_better(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not skinny_linear.pays(17, 3072, 2048, BF16, cuda)
     assert not skinny_linear.pays(16, 2048, 2040, BF16, cuda)
     assert not skinny_linear.pays(16, 128256, 2048, BF16, cuda)
+    monkeypatch.setattr(one_kernel, "has_fast_memory", lambda device: True)
+    assert skinny_linear.pays(16, 6144, 4096, BF16, cuda) and not skinny_linear.pays(17, 6144, 4096, BF16, cuda)
 
 
 def test_llama_1b_fills_the_machine_once() -> None:

@@ -39,21 +39,22 @@ struct Receiver {
     int start, stages;
 
     __device__ Receiver(const Params& p, int rank) : stages(p.stages) {
-        first = first_unit(rank, p.splits);
-        units = first_unit(rank + 1, p.splits) - first;
+        first = first_of(p.units, rank, p.splits);
+        units = first_of(p.units, rank + 1, p.splits) - first;
         const int steps = first_of(p.steps, rank + 1, p.splits) - first_of(p.steps, rank, p.splits);
         before = steps - stages;  // negative: the last stage is never filled
         start = before < 0 ? stages - 1 : before % stages;
     }
-    // The step after which peers may send.
-    __device__ int last_step(const Params& p) const { return before + receiving_stages(kTokens, p.splits, units) - 1; }
+    // The step after which peers may send; -1: before the first. Without units of its own a block receives in no stage.
+    __device__ int last_step(const Params& p) const {
+        return max(before + receiving_stages(p.tile_rows, kTokens, p.splits, units), 0) - 1;
+    }
     // The offset of one source's unit.
-    __device__ int place(int source, int unit) const {
-        constexpr int kPerStage = units_per_stage(kTokens);
-        const int index = source * units + unit;
-        int stage = start + index / kPerStage;
+    __device__ int place(const Params& p, int source, int unit) const {
+        const int per_stage = units_per_stage(p.tile_rows, kTokens), index = source * units + unit;
+        int stage = start + index / per_stage;
         if (stage >= stages) stage -= stages;
-        return stage * stage_bytes(kTokens) + index % kPerStage * unit_bytes(kTokens);
+        return stage * stage_bytes(p.tile_rows, kTokens) + index % per_stage * unit_bytes(kTokens);
     }
 };
 
@@ -66,7 +67,7 @@ __device__ __forceinline__ void allow_sending(const Params& p, const Block& b, i
 // Bytes that the blocks of the cluster, this one included, send to this one.
 template <int kTokens, Form kForm>
 __device__ __forceinline__ int sent_bytes(const Params& p, const Block& b) {
-    const int units = first_unit(b.rank + 1, p.splits) - first_unit(b.rank, p.splits);
+    const int units = first_of(p.units, b.rank + 1, p.splits) - first_of(p.units, b.rank, p.splits);
     return p.splits * (units * unit_bytes(kTokens) + has_norm(kForm) * kTokens * 4);
 }
 
@@ -77,7 +78,7 @@ struct Target {
     int64_t index;  // in out and residual, in elements; negative: nowhere
 
     __device__ Target(const Params& p, const Block& b, int unit, int pair, int lane) {
-        const int token = pair * 8 + lane / 4, row = b.tile * kTileRows + unit * kUnitRows;
+        const int token = pair * 8 + lane / 4, row = b.tile * p.tile_rows + unit * kUnitRows;
         const bool exists = token < p.num_tokens && row < p.num_rows;
         const int64_t first = (int64_t(token) * p.num_rows + row) / rows_per_output(kForm);
         index = exists ? first + lane % 4 * 2 : -1;
@@ -112,8 +113,23 @@ struct Target {
     }
 };
 
+// Sums of a warp's units: number k is unit `warp` + 8 k of the tile.
+template <int kTokens, bool kTall>
+struct Sums {
+    static constexpr int kUnits = kTall ? 2 : 1;
+    float d[kUnits][kTokens / 2];
+
+    // Calls use(unit, its sums) for those that the tile has.
+    template <typename Use>
+    __device__ __forceinline__ void each(const Params& p, int warp, Use use) const {
+        if (warp < p.units) use(warp, d[0]);
+        if constexpr (kTall)
+            if (warp + kConsumerWarps < p.units) use(warp + kConsumerWarps, d[1]);
+    }
+};
+
 // The warps of a block share the fragments that it finishes: warp w takes w, w + 8, ... of [own unit][tokens / 8].
-template <int kTokens, Form kForm>
+template <int kTokens, Form kForm, bool kTall>
 struct Finisher {
     static constexpr int kPairs = kTokens / 8;
     static constexpr int kAhead = kForm == Form::kLinearAdd ? 2 : 0;  // residuals asked for before the product
@@ -141,29 +157,33 @@ struct Finisher {
 
     // All there is to sum is in this block.
     template <typename Share>
-    __device__ __forceinline__ void finish_alone(const float (&d)[kTokens / 2], Share& share) {
+    __device__ __forceinline__ void finish_alone(const Sums<kTokens, kTall>& sums, Share& share) {
         if constexpr (has_norm(kForm)) {
             share.sums(thread, [&](int token, float sum) { b.own().scale[token] = scale_of(sum); });
             common::named_sync(1, kConsumers);
         }
+        sums.each(p, warp, [&](int unit, const float (&d)[kTokens / 2]) {
 #pragma unroll
-        for (int j = 0; j < kPairs; ++j) {
-            const Target<kForm> to(p, b, warp, j, lane);
-            to.write(p, b, {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]}, to.load_residual(p), j, lane);
-        }
+            for (int j = 0; j < kPairs; ++j) {
+                const Target<kForm> to(p, b, unit, j, lane);
+                to.write(p, b, {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]}, to.load_residual(p), j, lane);
+            }
+        });
     }
 
     // Every warp's fragments to the block that finishes its unit, and the tokens' squares to all.
     template <typename Share>
-    __device__ __forceinline__ void send_sums(const float (&d)[kTokens / 2], Share& share) {
-        const int owner = owner_of(warp, p.splits);
-        const Receiver<kTokens> receiver(p, owner);
-        const uint32_t to = common::in_block(b.base, owner), barrier = to + b.received() - b.base;
-        const uint32_t place = to + receiver.place(b.rank, warp - receiver.first) + lane * 16;
+    __device__ __forceinline__ void send_sums(const Sums<kTokens, kTall>& sums, Share& share) {
         common::wait_for_cluster(b.drained());
+        sums.each(p, warp, [&](int unit, const float (&d)[kTokens / 2]) {
+            const int owner = owner_of(unit, p.units, p.splits);
+            const Receiver<kTokens> receiver(p, owner);
+            const uint32_t to = common::in_block(b.base, owner), barrier = to + b.received() - b.base;
+            const uint32_t place = to + receiver.place(p, b.rank, unit - receiver.first) + lane * 16;
 #pragma unroll
-        for (int j = 0; j < kPairs; ++j)
-            common::send(place + j * 512, barrier, d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
+            for (int j = 0; j < kPairs; ++j)
+                common::send(place + j * 512, barrier, d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
+        });
         if constexpr (has_norm(kForm)) {
             share.sums(thread, [&](int token, float sum) {
                 const uint32_t offset = uint32_t(offsetof(Tail, squares)) + (b.rank * kMaxTokens + token) * 4;
@@ -176,10 +196,10 @@ struct Finisher {
 
     __device__ __forceinline__ float4 received_sum(int item) const {
         const int unit = item / kPairs, offset = (item % kPairs * 32 + lane) * 16;
-        float4 v = *b.at<float4>(own.place(0, unit) + offset);
+        float4 v = *b.at<float4>(own.place(p, 0, unit) + offset);
 #pragma unroll 4
         for (int source = 1; source < p.splits; ++source) {
-            const float4 more = *b.at<float4>(own.place(source, unit) + offset);
+            const float4 more = *b.at<float4>(own.place(p, source, unit) + offset);
             v.x += more.x, v.y += more.y, v.z += more.z, v.w += more.w;
         }
         return v;

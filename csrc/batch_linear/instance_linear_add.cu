@@ -1,6 +1,6 @@
 #include "batch_linear/instances.cuh"
 
 template <>
-const void* batch_linear::kernel_for<batch_linear::Form::kLinearAdd>(int tokens) {
-    return instantiate<Form::kLinearAdd>(tokens);
+const void* batch_linear::kernel_for<batch_linear::Form::kLinearAdd>(int tokens, bool tall) {
+    return instantiate<Form::kLinearAdd>(tokens, tall);
 }

@@ -1,6 +1,6 @@
 #include "batch_linear/instances.cuh"
 
 template <>
-const void* batch_linear::kernel_for<batch_linear::Form::kNormLinear>(int tokens) {
-    return instantiate<Form::kNormLinear>(tokens);
+const void* batch_linear::kernel_for<batch_linear::Form::kNormLinear>(int tokens, bool tall) {
+    return instantiate<Form::kNormLinear>(tokens, tall);
 }

@@ -4,23 +4,30 @@
 
 namespace batch_linear {
 
-// The kernel for `tokens`, which is one of kTokenCounts.
+// The kernel for `tokens`, which is one of kTokenCounts, and for tiles of more than kShortRows or not.
 template <Form kForm>
-const void* kernel_for(int tokens);
+const void* kernel_for(int tokens, bool tall);
+
+template <int kTokens, Form kForm>
+const void* instantiate(bool tall) {
+    if constexpr (kTokens <= kMostTallTokens)
+        if (tall) return reinterpret_cast<const void*>(batch_linear_kernel<kTokens, kForm, true>);
+    return reinterpret_cast<const void*>(batch_linear_kernel<kTokens, kForm, false>);
+}
 
 template <Form kForm>
-const void* instantiate(int tokens) {
+const void* instantiate(int tokens, bool tall) {
     switch (tokens) {
         case 32:
-            return reinterpret_cast<const void*>(batch_linear_kernel<32, kForm>);
+            return instantiate<32, kForm>(tall);
         case 48:
-            return reinterpret_cast<const void*>(batch_linear_kernel<48, kForm>);
+            return instantiate<48, kForm>(tall);
         case 64:
-            return reinterpret_cast<const void*>(batch_linear_kernel<64, kForm>);
+            return instantiate<64, kForm>(tall);
         case 96:
-            return reinterpret_cast<const void*>(batch_linear_kernel<96, kForm>);
+            return instantiate<96, kForm>(tall);
         default:
-            return reinterpret_cast<const void*>(batch_linear_kernel<128, kForm>);
+            return instantiate<128, kForm>(tall);
     }
 }
 

@@ -1,13 +1,13 @@
 // y = x weight^T for the tokens of one decode step, up to 128, at the speed at which weights arrive from memory
 // (sm_90a, bf16).
 //
-// A cluster of `splits` blocks makes a tile of 128 weight rows for all tokens, each block over its part of the inner
-// dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for as much
-// weight as the ring holds before the previous kernel has ended, because weights are constants: with half of an SM's
-// shared memory each, this kernel's ring fills while the previous kernel's blocks still work. Two warpgroups multiply,
-// with weights as the tensor cores' rows and tokens as their columns, straight from shared memory. The norm's weight is
-// multiplied into x in place, one stage ahead of the tensor cores; its scale, one number a token, waits for the
-// epilogue (finish.cuh).
+// A cluster of `splits` blocks makes a tile of up to 256 weight rows for all tokens, each block over its part of the
+// inner dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for as
+// much weight as the ring holds before the previous kernel has ended, because weights are constants: with half of an
+// SM's shared memory each, this kernel's ring fills while the previous kernel's blocks still work. Two warpgroups
+// multiply, with weights as the tensor cores' rows and tokens as their columns, straight from shared memory. The norm's
+// weight is multiplied into x in place, one stage ahead of the tensor cores; its scale, one number a token, waits for
+// the epilogue (finish.cuh).
 //
 // weight [num_rows, size], x [num_tokens, size], out [num_tokens, num_rows] (see Params); all contiguous bf16. weight
 // and norm are read before the previous kernel has ended: they must have been written by an earlier one.
@@ -31,20 +31,20 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map
 // The warp that fills the ring: one lane of it copies. begin() asks for constants only.
 template <int kTokens>
 struct Producer {
-    static constexpr int kBytes = stage_bytes(kTokens);
     const Params& p;
     const Block& b;
     const CUtensorMap *weight, *x;
+    const int bytes = stage_bytes(p.tile_rows, kTokens);
 
     __device__ __forceinline__ void copy_weight(int stage, int step) {
         if (!common::elect_one()) return;
-        common::mbarrier_expect(b.full(stage), kBytes);
-        copy_box(b.base + stage * kBytes, weight, b.full(stage), (b.first_step + step) * kStageColumns,
-                 b.tile * kTileRows, common::kEvictFirst);
+        common::mbarrier_expect(b.full(stage), bytes);
+        copy_box(b.base + stage * bytes, weight, b.full(stage), (b.first_step + step) * kStageColumns,
+                 b.tile * p.tile_rows, common::kEvictFirst);
     }
     __device__ __forceinline__ void copy_x(int stage, int step) {
         if (!common::elect_one()) return;
-        copy_box(b.base + stage * kBytes + kTileRows * kStageColumns * 2, x, b.full(stage),
+        copy_box(b.base + stage * bytes + p.tile_rows * kStageColumns * 2, x, b.full(stage),
                  (b.first_step + step) * kStageColumns, 0, common::kEvictLast);
     }
     __device__ __forceinline__ void begin() {
@@ -111,10 +111,11 @@ struct NormShare {
     }
 };
 
-template <int kTokens, Form kForm>
+template <int kTokens, Form kForm, bool kTall>
 __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     constexpr bool kNorm = has_norm(kForm);
-    constexpr int kBytes = stage_bytes(kTokens);
+    constexpr int kGroupBytes = kShortRows / 2 * kStageColumns * 2;  // of weight, for one instruction
+    const int bytes = stage_bytes(p.tile_rows, kTokens);
     const int thread = threadIdx.x, lane = thread % 32, group = thread / 128;
     if constexpr (kNorm) {
         const uint4* norm = static_cast<const uint4*>(p.norm) + b.first_step * kStageColumns / 8;
@@ -124,28 +125,37 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
         common::named_sync(1, kConsumers);
     }
     common::wait_for_previous_kernel();
-    Finisher<kTokens, kForm> finisher(p, b);
+    Finisher<kTokens, kForm, kTall> finisher(p, b);
     finisher.begin();
     const int last_step = p.splits > 1 ? finisher.own.last_step(p) : b.steps;  // before peers may send
 
-    float d[kTokens / 2];
+    Sums<kTokens, kTall> sums;
+    const bool is_tall = kTall && (2 + group) * kShortRows / 2 < p.tile_rows;
     NormShare<kTokens> share;
     int stage = 0, before = 0;
     uint32_t phase = 0;
 #pragma unroll 1
     for (int step = 0; step < b.steps; ++step) {
-        const uint32_t weight = b.base + stage * kBytes, x = weight + kTileRows * kStageColumns * 2;
+        const uint32_t weight = b.base + stage * bytes, x = weight + p.tile_rows * kStageColumns * 2;
         common::mbarrier_wait(b.full(stage), phase);
         if constexpr (kNorm) {  // while the tensor cores work on the stage before
             share.multiply(x, b.at<uint4>(p.norm_offset)[step * kStageColumns / 8 + thread % 8], thread);
             common::fence_async_proxy();
             common::named_sync(1, kConsumers);
         }
-        const uint64_t rows = operand(weight + group * (kTileRows / 2 * kStageColumns * 2)), columns = operand(x);
+        const uint64_t rows = operand(weight + group * kGroupBytes), columns = operand(x);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kStageColumns / 16; ++k)  // 32 bytes further along the rows
-            wgmma<kTokens>(d, rows + 2 * k, columns + 2 * k, step + k);
+            wgmma<kTokens>(sums.d[0], rows + 2 * k, columns + 2 * k, step + k);
+        if constexpr (kTall) {
+            // Rows beyond the tile's are whatever lies there; what comes of them is not used.
+            const uint64_t upper = operand(weight + (2 + group) * kGroupBytes);
+            if (is_tall)
+#pragma unroll
+                for (int k = 0; k < kStageColumns / 16; ++k)
+                    wgmma<kTokens>(sums.d[1], upper + 2 * k, columns + 2 * k, step + k);
+        }
         wgmma_commit();
         wgmma_wait<1>();
         if (step > 0 && lane == 0) common::mbarrier_arrive(b.empty(before));
@@ -155,17 +165,17 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     }
     wgmma_wait<0>();
     if (p.splits == 1) {
-        finisher.finish_alone(d, share);
+        finisher.finish_alone(sums, share);
         return;
     }
     if (last_step + 1 >= b.steps) allow_sending(p, b, lane);
-    finisher.send_sums(d, share);
+    finisher.send_sums(sums, share);
     finisher.finish_received();
 }
 
-// Two blocks an SM: this kernel's and the next one's.
-template <int kTokens, Form kForm>
-__global__ void __launch_bounds__(kThreads, kTokens <= 64 ? 2 : 1)
+// Two blocks an SM: this kernel's and the next one's. Tall tiles come with a ring that leaves no room for another.
+template <int kTokens, Form kForm, bool kTall>
+__global__ void __launch_bounds__(kThreads, kTokens <= 64 && !kTall ? 2 : 1)
     batch_linear_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant__ CUtensorMap x,
                         const __grid_constant__ Params p) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
@@ -181,9 +191,9 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 64 ? 2 : 1)
     const Block b{shared, common::shared_address(shared), p.tail_offset, int(blockIdx.x) / p.splits, rank, first_step,
                   steps};
     if (common::elect_one()) {  // each barrier is an instruction of some fifty cycles: every warp makes a few
-        if (warp < p.stages) {
-            common::mbarrier_init(b.full(warp), 1);
-            common::mbarrier_init(b.empty(warp), kConsumerWarps);
+        for (int i = warp; i < p.stages; i += kThreads / 32) {
+            common::mbarrier_init(b.full(i), 1);
+            common::mbarrier_init(b.empty(i), kConsumerWarps);
         }
         if (warp == kConsumerWarps) {
             common::mbarrier_init(b.drained(), kConsumerWarps * p.splits);
@@ -191,7 +201,6 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 64 ? 2 : 1)
         }
         common::fence_barrier_init();
     }
-    static_assert(kMaxStages <= kConsumerWarps);
     __syncthreads();
     Producer<kTokens> producer{p, b, &weight, &x};
     if (warp == kConsumerWarps) {
@@ -202,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 64 ? 2 : 1)
     }
     if (p.splits > 1) common::cluster_arrive();
     if (warp < kConsumerWarps) {
-        consume<kTokens, kForm>(p, b);
+        consume<kTokens, kForm, kTall>(p, b);
     } else {
         producer.run();
         if (p.splits > 1) common::cluster_wait();

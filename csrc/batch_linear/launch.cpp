@@ -10,7 +10,7 @@
 namespace batch_linear {
 
 template <Form kForm>
-const void* kernel_for(int tokens);
+const void* kernel_for(int tokens, bool tall);
 
 namespace {
 
@@ -32,6 +32,10 @@ void check(const Problem& q, const Plan& plan) {
     const int most = std::min(kMaxSplits, q.size / kStageColumns);
     require(plan.splits >= 1 && plan.splits <= most,
             "splits is " + std::to_string(plan.splits) + "; supported here: 1 to " + std::to_string(most));
+    const int tallest = padded_tokens(q.num_tokens) <= kMostTallTokens ? kTallRows : kShortRows;
+    require(plan.tile_rows >= kMinTileRows && plan.tile_rows <= tallest && plan.tile_rows % kUnitRows == 0,
+            "tile_rows is " + std::to_string(plan.tile_rows) + "; supported here: multiples of " +
+                std::to_string(kUnitRows) + " from " + std::to_string(kMinTileRows) + " to " + std::to_string(tallest));
     require((q.form == Form::kLinearAdd) == (q.residual != nullptr) && has_norm(q.form) == (q.norm != nullptr),
             "linear_add takes a residual, the other forms a norm");
     const struct {
@@ -55,14 +59,14 @@ CUtensorMap matrix_map(const void* matrix, int rows, int columns, int box_rows) 
     return map;
 }
 
-const void* select_kernel(Form form, int tokens) {
+const void* select_kernel(Form form, int tokens, bool tall) {
     switch (form) {
         case Form::kNormLinear:
-            return kernel_for<Form::kNormLinear>(tokens);
+            return kernel_for<Form::kNormLinear>(tokens, tall);
         case Form::kLinearAdd:
-            return kernel_for<Form::kLinearAdd>(tokens);
+            return kernel_for<Form::kLinearAdd>(tokens, tall);
         case Form::kNormSwiGlu:
-            return kernel_for<Form::kNormSwiGlu>(tokens);
+            return kernel_for<Form::kNormSwiGlu>(tokens, tall);
     }
     throw std::invalid_argument("unknown form");
 }
@@ -77,23 +81,26 @@ void launch(const Problem& q, const Plan& plan, bool overlap, cudaStream_t strea
     p.norm = q.norm, p.residual = q.residual, p.out = q.out;
     p.num_tokens = q.num_tokens, p.num_rows = q.num_rows, p.size = q.size, p.eps = q.eps;
     p.splits = plan.splits, p.trigger = plan.trigger;
+    p.tile_rows = plan.tile_rows, p.units = plan.tile_rows / kUnitRows;
+    const int bytes_of_stage = stage_bytes(p.tile_rows, tokens);
     p.steps = q.size / kStageColumns;
     const int block_steps = divide_up(p.steps, p.splits);
     const int norm_bytes = has_norm(q.form) ? block_steps * kStageColumns * 2 : 0;
     const int behind = norm_bytes + int(sizeof(Tail));
-    p.stages = std::min({kMaxStages, block_steps, (plan.shared_bytes - behind) / stage_bytes(tokens)});
-    const int least = std::max(std::min(2, block_steps),
-                               p.splits == 1 ? 0 : receiving_stages(tokens, p.splits, most_units(p.splits)));
-    require(p.stages >= least, "a block needs " + std::to_string(least * stage_bytes(tokens) + behind) +
+    p.stages = std::min({kMaxStages, block_steps, (plan.shared_bytes - behind) / bytes_of_stage});
+    const int least =
+        std::max(std::min(2, block_steps),
+                 p.splits == 1 ? 0 : receiving_stages(p.tile_rows, tokens, p.splits, divide_up(p.units, p.splits)));
+    require(p.stages >= least, "a block needs " + std::to_string(least * bytes_of_stage + behind) +
                                    " bytes of shared memory in " + std::to_string(least) + " stages, and may have " +
                                    std::to_string(plan.shared_bytes) + " and " + std::to_string(block_steps));
-    p.norm_offset = p.stages * stage_bytes(tokens);
+    p.norm_offset = p.stages * bytes_of_stage;
     p.tail_offset = p.norm_offset + norm_bytes;
     const int bytes = p.norm_offset + behind;
 
-    const void* kernel = select_kernel(q.form, tokens);
+    const void* kernel = select_kernel(q.form, tokens, p.tile_rows > kShortRows);
     common::allow_shared_memory(kernel, common::shared_memory_limit(), true);
-    CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, kTileRows);
+    CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, p.tile_rows);
     CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens);
 
     cudaLaunchAttribute attributes[2]{};
@@ -103,7 +110,7 @@ void launch(const Problem& q, const Plan& plan, bool overlap, cudaStream_t strea
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(divide_up(q.num_rows, kTileRows) * p.splits);
+    config.gridDim = dim3(divide_up(q.num_rows, p.tile_rows) * p.splits);
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = bytes;
     config.stream = stream;

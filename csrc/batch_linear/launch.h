@@ -8,10 +8,10 @@ namespace batch_linear {
 
 using common::Problem;
 
-// splits: blocks of the cluster that makes a tile. trigger: stages left to ask for when the next kernel may start.
-// shared_bytes: the most that a block may use.
+// splits: blocks of the cluster that makes a tile of tile_rows. trigger: stages left to ask for when the next kernel
+// may start. shared_bytes: the most that a block may use.
 struct Plan {
-    int splits, trigger, shared_bytes;
+    int splits, trigger, shared_bytes, tile_rows;
 };
 
 // Throws std::invalid_argument for what the kernel does not support (before any CUDA call), std::runtime_error if CUDA

@@ -7,13 +7,14 @@
 namespace batch_linear {
 
 constexpr int kMaxTokens = 128;
-constexpr int kTileRows = 128;  // weight rows of a tile, 64 for each of two warpgroups
-constexpr int kUnitRows = 16;   // rows whose sums one warp holds
-constexpr int kUnits = kTileRows / kUnitRows;
-constexpr int kStageColumns = 64;  // 128 bytes, the swizzle's width
-constexpr int kMaxSplits = 8;      // blocks of a cluster, the portable limit
-constexpr int kMaxStages = 8;
-constexpr int kConsumerWarps = kUnits;
+constexpr int kUnitRows = 16;                           // rows whose sums one warp holds
+constexpr int kConsumerWarps = 8;                       // two warpgroups
+constexpr int kMinTileRows = 64;                        // one instruction's
+constexpr int kShortRows = kConsumerWarps * kUnitRows;  // of a tile, a unit a warp
+constexpr int kTallRows = 2 * kShortRows;               // the most, two units a warp
+constexpr int kStageColumns = 64;                       // 128 bytes, the swizzle's width
+constexpr int kMaxSplits = 8;                           // blocks of a cluster, the portable limit
+constexpr int kMaxStages = 14;
 constexpr int kConsumers = kConsumerWarps * 32;
 constexpr int kThreads = kConsumers + 32;  // and the warp that copies
 
@@ -27,6 +28,8 @@ constexpr int rows_per_output(Form form) {
 // Tokens that a kernel is compiled for; others run in the next larger one.
 constexpr int kTokenCounts[] = {32, 48, 64, 96, 128};
 
+constexpr int kMostTallTokens = 64;  // with which tiles may have more than kShortRows
+
 constexpr int padded_tokens(int tokens) {
     for (const int count : kTokenCounts)
         if (tokens <= count) return count;
@@ -38,11 +41,8 @@ constexpr int padded_tokens(int tokens) {
 constexpr __host__ __device__ int first_of(int count, int rank, int splits) {
     return count * rank / splits;
 }
-constexpr __host__ __device__ int first_unit(int rank, int splits) {
-    return first_of(kUnits, rank, splits);
-}
-constexpr __host__ __device__ int owner_of(int unit, int splits) {
-    return ((unit + 1) * splits - 1) / kUnits;
+constexpr __host__ __device__ int owner_of(int unit, int units, int splits) {
+    return ((unit + 1) * splits - 1) / units;
 }
 
 struct Params {
@@ -50,14 +50,15 @@ struct Params {
     void* out;                    // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]
     int num_tokens, num_rows, size;
     float eps;
+    int tile_rows, units;          // weight rows of a tile, and units of them
     int splits, stages, steps;     // steps: of kStageColumns, over all splits
     int trigger;                   // the next kernel may start when this many stages are left to ask for
     int norm_offset, tail_offset;  // in shared memory
 };
 
 // Shared memory of a block. At its start lies the ring of stages, weight before x, then the norm's weights, then Tail.
-constexpr __host__ __device__ int stage_bytes(int tokens) {
-    return (kTileRows + tokens) * kStageColumns * 2;
+constexpr __host__ __device__ int stage_bytes(int tile_rows, int tokens) {
+    return (tile_rows + tokens) * kStageColumns * 2;
 }
 
 // What the blocks of a cluster send the one that finishes a unit of rows: fragments of float4 a lane, [source][own
@@ -65,14 +66,12 @@ constexpr __host__ __device__ int stage_bytes(int tokens) {
 constexpr __host__ __device__ int unit_bytes(int tokens) {
     return tokens * kUnitRows * 4;
 }
-constexpr __host__ __device__ int units_per_stage(int tokens) {
-    return stage_bytes(tokens) / unit_bytes(tokens);
+constexpr __host__ __device__ int units_per_stage(int tile_rows, int tokens) {
+    return stage_bytes(tile_rows, tokens) / unit_bytes(tokens);
 }
-constexpr __host__ __device__ int receiving_stages(int tokens, int splits, int own_units) {
-    return (splits * own_units + units_per_stage(tokens) - 1) / units_per_stage(tokens);
-}
-constexpr int most_units(int splits) {
-    return (kUnits + splits - 1) / splits;
+constexpr __host__ __device__ int receiving_stages(int tile_rows, int tokens, int splits, int own_units) {
+    const int per_stage = units_per_stage(tile_rows, tokens);
+    return (splits * own_units + per_stage - 1) / per_stage;
 }
 
 struct Tail {

@@ -14,32 +14,40 @@ from typing import NamedTuple
 import torch
 
 from llama3.ops import one_kernel
-from llama3.ops.one_kernel import FORMS, NORM_SWIGLU
+from llama3.ops.one_kernel import FORMS, LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 from llama3.ops.skinny_linear import NARROW
 
 TOKEN_COUNTS = (32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
 MIN_TOKENS, MAX_TOKENS = 17, TOKEN_COUNTS[-1]  # up to 16, csrc/skinny_linear/ is faster
-# On GPUs of more memory, which is faster memory as well, cuBLASLt is faster for many tokens and for long rows.
-FAST_MEMORY_BYTES, FAST_MEMORY_TOKENS = 100 << 30, 64
+# With more tokens than this cuBLASLt is faster on GPUs of fast memory, and a tile has 128 rows at most.
+FAST_MEMORY_TOKENS = MAX_TALL_TOKENS = 64
 TILE_ROWS, UNIT_ROWS = 128, 16
+MIN_TILE_ROWS, MAX_TILE_ROWS = 64, 256
 STAGE_COLUMNS = 64
 EXCHANGE_BYTES = 100 << 10  # that could be read in the time that a cluster takes to exchange its sums
 MIN_STEPS = 4  # of a block: room for what the others send
 SPLITS = (1, 2, 4, 8)  # clusters of other sizes find fewer places
+# Clusters, by their blocks, that an H200 runs at once if each block has a multiprocessor of its own.
+CLUSTERS_AT_ONCE = {1: 132, 2: 66, 4: 30, 8: 14}
+FULL = 0.9  # of the multiprocessors at work; more splits for the rest would cost more
 
 # Two neighbours in the chain of kernels fit on a multiprocessor together. SwiGLU's product is long enough to be better
 # off alone with a deeper ring, and with a still deeper one where every block has a multiprocessor of its own.
 SHARED_BYTES, SWIGLU_BYTES, SWIGLU_ALONE_BYTES = 106 << 10, 150 << 10, 200 << 10
+# With fast memory and long rows every block is better off alone; deeper rings than these have not been faster.
+ONE_ROUND_BYTES = {LINEAR_ADD: 150 << 10, NORM_LINEAR: 170 << 10, NORM_SWIGLU: 200 << 10}
 TRIGGER = 2
 
 
 class Plan(NamedTuple):
-    """How a product runs: blocks of the cluster that makes 128 rows, among which the inner dimension is split; shared
-    memory that a block may use; how many stages are left to ask for when the next kernel may start."""
+    """How a product runs: blocks of the cluster that makes a tile, among which the inner dimension is split; shared
+    memory that a block may use; how many stages are left to ask for when the next kernel may start; weight rows of a
+    tile."""
 
     splits: int
     shared_bytes: int = SHARED_BYTES
     trigger: int = TRIGGER
+    tile_rows: int = TILE_ROWS
 
 
 def norm_linear(
@@ -71,24 +79,49 @@ def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: 
     """Whether the kernels can run a product of this shape here, and are faster than cuBLASLt (docs/cuda-ops.md)."""
     if not MIN_TOKENS <= num_tokens <= MAX_TOKENS or not one_kernel.takes(num_rows, size, dtype, device):
         return False
-    return not _has_fast_memory(device) or (num_tokens <= FAST_MEMORY_TOKENS and min(num_rows, size) <= NARROW)
+    return num_tokens <= FAST_MEMORY_TOKENS or not one_kernel.has_fast_memory(device)
 
 
 @functools.cache
-def choose_plan(form: int, num_tokens: int, num_rows: int, size: int, num_sms: int) -> Plan:
-    """The split whose busiest multiprocessor has the fewest bytes to read, of weights, x, and other blocks' sums."""
-    tokens = padded(num_tokens)
-    tiles, steps = -(-num_rows // TILE_ROWS), size // STAGE_COLUMNS
+def choose_plan(form: int, num_tokens: int, num_rows: int, size: int, num_sms: int, fast_memory: bool = False) -> Plan:
+    """On GPUs of fast memory and for long rows, tiles as tall as it takes to have one for every multiprocessor; else
+    the split whose busiest multiprocessor has the fewest bytes to read, of weights, x, and other blocks' sums."""
+    tokens, steps = padded(num_tokens), size // STAGE_COLUMNS
+    possible = [splits for splits in SPLITS if splits == 1 or splits * MIN_STEPS <= steps]
+    if fast_memory and tokens <= MAX_TALL_TOKENS and min(num_rows, size) > NARROW:
+        return _one_round(form, tokens, num_rows, possible)
+    tiles = -(-num_rows // TILE_ROWS)
 
     def cost(splits: int) -> float:
         blocks = max(1.0, tiles * splits / num_sms)  # two fit on a multiprocessor, so they need not come in rounds
         read = -(-steps // splits) * (TILE_ROWS + tokens) * STAGE_COLUMNS * 2
         return blocks * (read + (splits > 1) * (sent_bytes(tokens, splits) + EXCHANGE_BYTES))
 
-    splits = min((s for s in SPLITS if s == 1 or s * MIN_STEPS <= steps), key=cost)
-    if form != NORM_SWIGLU:
+    splits = min(possible, key=cost)
+    alone = tiles * splits <= num_sms
+    if form != NORM_SWIGLU or (alone and fast_memory):
         return Plan(splits)
-    return Plan(splits, SWIGLU_ALONE_BYTES if tiles * splits <= num_sms else SWIGLU_BYTES)
+    return Plan(splits, SWIGLU_ALONE_BYTES if alone else SWIGLU_BYTES)
+
+
+def _one_round(form: int, tokens: int, num_rows: int, possible: list[int]) -> Plan:
+    heights = {splits: one_round_rows(num_rows, tokens, splits) for splits in possible}
+    blocks = {splits: -(-num_rows // rows) * splits for splits, rows in heights.items()}
+    most = CLUSTERS_AT_ONCE[1]
+    splits = next((s for s in possible if FULL * most <= blocks[s] <= most), None)
+    if splits is None:
+        splits = max((s for s in possible if blocks[s] <= most), key=blocks.__getitem__, default=1)
+    return Plan(splits, ONE_ROUND_BYTES[form], 0, heights[splits])
+
+
+def one_round_rows(num_rows: int, num_tokens: int, splits: int) -> int:
+    """Rows of a tile with which an H200 makes all tiles at once, or the nearest that a tile can have."""
+    units = -(-num_rows // CLUSTERS_AT_ONCE[splits] // UNIT_ROWS)
+    return min(max(units * UNIT_ROWS, MIN_TILE_ROWS), max_tile_rows(num_tokens))
+
+
+def max_tile_rows(num_tokens: int) -> int:
+    return MAX_TILE_ROWS if padded(num_tokens) <= MAX_TALL_TOKENS else TILE_ROWS
 
 
 def padded(num_tokens: int) -> int:
@@ -109,11 +142,6 @@ def library() -> ModuleType:
     return load_custom_kernels.load("batch_linear")
 
 
-@functools.cache
-def _has_fast_memory(device: torch.device) -> bool:
-    return torch.cuda.get_device_properties(device).total_memory > FAST_MEMORY_BYTES
-
-
 def _product(
     op: str,
     x: torch.Tensor,
@@ -125,6 +153,7 @@ def _product(
     plan: Plan | None,
 ) -> torch.Tensor:
     out, arguments = one_kernel.arguments(op, x, weight, norm, residual, eps, out)
-    plan = plan or choose_plan(FORMS[op], *x.shape[:1], *weight.shape, one_kernel.num_sms(x.device))
+    gpu = one_kernel.num_sms(x.device), one_kernel.has_fast_memory(x.device)
+    plan = plan or choose_plan(FORMS[op], *x.shape[:1], *weight.shape, *gpu)
     library().product(**arguments, **plan._asdict())
     return out

@@ -12,6 +12,8 @@ from llama3.ops.tensor_error import wrong_tensor
 NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU = range(3)  # the numbers of common::Form
 FORMS = {"norm_linear": NORM_LINEAR, "linear_add": LINEAR_ADD, "norm_swiglu": NORM_SWIGLU}
 ROWS_MULTIPLE, SIZE_MULTIPLE = 16, 64
+# GPUs of more memory, an H200 and not an H100, have faster memory as well: other kernels are then the fastest.
+FAST_MEMORY_BYTES = 100 << 30
 HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, and run in cuBLASLt
 
 
@@ -62,3 +64,8 @@ def arguments(
 @functools.cache
 def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def has_fast_memory(device: torch.device) -> bool:
+    return torch.cuda.get_device_properties(device).total_memory > FAST_MEMORY_BYTES

@@ -15,8 +15,9 @@ import torch
 from llama3.ops import one_kernel
 
 MAX_TOKENS = 32
-ALWAYS_TOKENS = 16  # up to which these kernels are the fastest for every shape; beyond, for those that are not NARROW
-NARROW = 2048  # fewer rows or columns than this, or as many: csrc/batch_linear/ is faster
+ALWAYS_TOKENS = 16  # up to which these kernels are the fastest for every shape
+# Beyond, csrc/batch_linear/ is faster for fewer rows or columns than this, or as many, and with fast memory always.
+NARROW = 2048
 MAX_TILE_ROWS = 128
 
 
@@ -54,8 +55,9 @@ def linear_add(
 
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels can run a product of this shape here, and are the fastest (docs/cuda-ops.md)."""
-    fastest = num_tokens <= ALWAYS_TOKENS or min(num_rows, size) > NARROW
-    return 1 <= num_tokens <= MAX_TOKENS and fastest and one_kernel.takes(num_rows, size, dtype, device)
+    if not 1 <= num_tokens <= MAX_TOKENS or not one_kernel.takes(num_rows, size, dtype, device):
+        return False
+    return num_tokens <= ALWAYS_TOKENS or (min(num_rows, size) > NARROW and not one_kernel.has_fast_memory(device))
 
 
 def min_tile_rows(num_tokens: int) -> int:
