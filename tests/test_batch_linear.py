@@ -14,7 +14,7 @@ from llama3.shapes import shape_config
 BF16 = torch.bfloat16
 GOOD = {"x": 4096, "weight": 4096, "norm": 4096, "residual": 0, "out": 4096, "num_tokens": 64, "num_rows": 64}
 GOOD |= {"size": 128, "eps": 1e-5, "form": NORM_LINEAR, "splits": 1, "trigger": 4, "shared_bytes": 106 << 10}
-GOOD |= {"tile_rows": 128, "overlap": False, "stream": 0}
+GOOD |= {"tile_rows": 128, "ahead": 14, "overlap": False, "stream": 0}
 
 
 @pytest.mark.nvcc
@@ -28,6 +28,7 @@ GOOD |= {"tile_rows": 128, "overlap": False, "stream": 0}
         ({"tile_rows": 48}, "tile_rows is 48; supported here: multiples of 16 from 64 to 256"),
         ({"tile_rows": 136}, "tile_rows is 136"),
         ({"tile_rows": 144, "num_tokens": 65}, "tile_rows is 144; supported here: multiples of 16 from 64 to 128"),
+        ({"ahead": -1}, "ahead is -1; expected 0 or more stages"),
         ({"splits": 0}, "splits is 0"),
         ({"splits": 3}, "splits is 3; supported here: 1 to 2"),
         ({"splits": 9, "size": 8192}, "splits is 9; supported here: 1 to 8"),

@@ -42,6 +42,12 @@ def test_every_height_of_a_tile(num_tokens: int, tile_rows: int, splits: int) ->
     check_all(batch_linear, num_tokens, *UNEVEN, {"plan": Plan(splits, ALONE, 0, tile_rows)})
 
 
+@pytest.mark.parametrize("ahead", (0, 1, 3, 14))
+@pytest.mark.parametrize(("tile_rows", "splits"), ((64, 2), (128, 1), (208, 1)))
+def test_every_part_of_the_ring_asked_for_early(tile_rows: int, splits: int, ahead: int) -> None:
+    check_all(batch_linear, 40, *UNEVEN, {"plan": Plan(splits, ALONE, 0, tile_rows, ahead)})
+
+
 @pytest.mark.parametrize("num_tokens", (1, 16, 64, 128))
 def test_head_over_a_large_vocabulary(num_tokens: int) -> None:
     check_head(batch_linear, num_tokens)

@@ -26,6 +26,7 @@ struct Block {
     }
     __device__ Tail& own() const { return *at<Tail>(tail); }
     __device__ uint32_t full(int stage) const { return base + tail + uint32_t(offsetof(Tail, full)) + stage * 8; }
+    __device__ uint32_t ready(int stage) const { return base + tail + uint32_t(offsetof(Tail, ready)) + stage * 8; }
     __device__ uint32_t empty(int stage) const { return base + tail + uint32_t(offsetof(Tail, empty)) + stage * 8; }
     __device__ uint32_t drained() const { return base + tail + uint32_t(offsetof(Tail, drained)); }
     __device__ uint32_t received() const { return base + tail + uint32_t(offsetof(Tail, received)); }
@@ -57,6 +58,10 @@ struct Receiver {
         return stage * stage_bytes(p.tile_rows, kTokens) + index % per_stage * unit_bytes(kTokens);
     }
 };
+
+__device__ __forceinline__ float scale_of(const Params& p, float squares) {
+    return rsqrtf(squares / p.size + p.eps);
+}
 
 // Tells every block of the cluster that they may send to this one: a lane of each warp each.
 __device__ __forceinline__ void allow_sending(const Params& p, const Block& b, int lane) {
@@ -153,15 +158,9 @@ struct Finisher {
         }
     }
 
-    __device__ __forceinline__ float scale_of(float squares) const { return rsqrtf(squares / p.size + p.eps); }
-
     // All there is to sum is in this block.
-    template <typename Share>
-    __device__ __forceinline__ void finish_alone(const Sums<kTokens, kTall>& sums, Share& share) {
-        if constexpr (has_norm(kForm)) {
-            share.sums(thread, [&](int token, float sum) { b.own().scale[token] = scale_of(sum); });
-            common::named_sync(1, kConsumers);
-        }
+    __device__ __forceinline__ void finish_alone(const Sums<kTokens, kTall>& sums) {
+        if constexpr (has_norm(kForm)) common::named_sync(1, kConsumers + kNormThreads);  // for the scales
         sums.each(p, warp, [&](int unit, const float (&d)[kTokens / 2]) {
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
@@ -171,9 +170,8 @@ struct Finisher {
         });
     }
 
-    // Every warp's fragments to the block that finishes its unit, and the tokens' squares to all.
-    template <typename Share>
-    __device__ __forceinline__ void send_sums(const Sums<kTokens, kTall>& sums, Share& share) {
+    // Every warp's fragments to the block that finishes its unit.
+    __device__ __forceinline__ void send_sums(const Sums<kTokens, kTall>& sums) {
         common::wait_for_cluster(b.drained());
         sums.each(p, warp, [&](int unit, const float (&d)[kTokens / 2]) {
             const int owner = owner_of(unit, p.units, p.splits);
@@ -184,14 +182,6 @@ struct Finisher {
             for (int j = 0; j < kPairs; ++j)
                 common::send(place + j * 512, barrier, d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
         });
-        if constexpr (has_norm(kForm)) {
-            share.sums(thread, [&](int token, float sum) {
-                const uint32_t offset = uint32_t(offsetof(Tail, squares)) + (b.rank * kMaxTokens + token) * 4;
-                for (int rank = 0; rank < p.splits; ++rank)
-                    common::send(common::in_block(b.base + b.tail + offset, rank), common::in_block(b.received(), rank),
-                                 sum);
-            });
-        }
     }
 
     __device__ __forceinline__ float4 received_sum(int item) const {
@@ -211,7 +201,7 @@ struct Finisher {
             if (thread < kTokens) {
                 float squares = 0;
                 for (int rank = 0; rank < p.splits; ++rank) squares += b.own().squares[rank][thread];
-                b.own().scale[thread] = scale_of(squares);
+                b.own().scale[thread] = scale_of(p, squares);
             }
             common::named_sync(1, kConsumers);
         }

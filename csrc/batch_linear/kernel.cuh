@@ -2,12 +2,11 @@
 // (sm_90a, bf16).
 //
 // A cluster of `splits` blocks makes a tile of up to 256 weight rows for all tokens, each block over its part of the
-// inner dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for as
-// much weight as the ring holds before the previous kernel has ended, because weights are constants: with half of an
-// SM's shared memory each, this kernel's ring fills while the previous kernel's blocks still work. Two warpgroups
-// multiply, with weights as the tensor cores' rows and tokens as their columns, straight from shared memory. The norm's
-// weight is multiplied into x in place, one stage ahead of the tensor cores; its scale, one number a token, waits for
-// the epilogue (finish.cuh).
+// inner dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for
+// weight before the previous kernel has ended, because weights are constants: with half of an SM's shared memory each,
+// this kernel's ring fills while the previous kernel's blocks still work. Two warpgroups multiply, with weights as the
+// tensor cores' rows and tokens as their columns, straight from shared memory. Where there is a norm, further warps
+// prepare x for them in the ring (norm.cuh).
 //
 // weight [num_rows, size], x [num_tokens, size], out [num_tokens, num_rows] (see Params); all contiguous bf16. weight
 // and norm are read before the previous kernel has ended: they must have been written by an earlier one.
@@ -15,6 +14,7 @@
 #include <cuda.h>
 
 #include "batch_linear/finish.cuh"
+#include "batch_linear/norm.cuh"
 #include "batch_linear/wgmma.cuh"
 
 namespace batch_linear {
@@ -34,7 +34,7 @@ struct Producer {
     const Params& p;
     const Block& b;
     const CUtensorMap *weight, *x;
-    const int bytes = stage_bytes(p.tile_rows, kTokens);
+    const int bytes = stage_bytes(p.tile_rows, kTokens), ahead = min(p.ahead, b.steps);
 
     __device__ __forceinline__ void copy_weight(int stage, int step) {
         if (!common::elect_one()) return;
@@ -49,18 +49,17 @@ struct Producer {
     }
     __device__ __forceinline__ void begin() {
 #pragma unroll 1
-        for (int step = 0; step < min(p.stages, b.steps); ++step) copy_weight(step, step);
+        for (int step = 0; step < ahead; ++step) copy_weight(step, step);
     }
     // The next kernel's weights should be on their way when this one's have been asked for: not before, because they
     // would only delay each other, and not after, because memory would rest.
     __device__ __forceinline__ void run() {
-        const int ahead = min(p.stages, b.steps);
         common::wait_for_previous_kernel();
         if (b.steps - ahead <= p.trigger) common::allow_next_kernel();
 #pragma unroll 1
         for (int step = 0; step < ahead; ++step) copy_x(step, step);
-        int stage = 0;
-        uint32_t phase = 0;
+        int stage = ahead % p.stages;
+        uint32_t phase = ahead < p.stages;  // that of "empty" before this one, for stages that were never filled
 #pragma unroll 1
         for (int step = ahead; step < b.steps; ++step) {
             common::mbarrier_wait(b.empty(stage), phase);
@@ -72,89 +71,44 @@ struct Producer {
     }
 };
 
-// Of x in one stage, what a thread multiplies by the norm's weight: 8 columns of every 32nd token.
-template <int kTokens>
-struct NormShare {
-    static constexpr int kRows = (kTokens + 31) / 32;
-    float squares[kRows] = {};
-
-    __device__ __forceinline__ void multiply(uint32_t x, uint4 norm, int thread) {
-        const int chunk = thread % 8, first = thread / 8;
-        const uint32_t place = x + first * 128 + (chunk ^ first % 8) * 16;
-        const uint32_t factors[4] = {norm.x, norm.y, norm.z, norm.w};
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            if ((i + 1) * 32 > kTokens && first + i * 32 >= kTokens) break;
-            uint32_t v[4];
-            common::load_shared(v, place + i * 32 * 128);
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                const float2 pair = Pack::to_floats(v[k]);
-                squares[i] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, squares[i]));
-                v[k] = common::multiply_pairs(v[k], factors[k]);
-            }
-            common::store_shared(place + i * 32 * 128, v);
-        }
-    }
-
-    // Calls use(token, sum) in one thread a token.
-    template <typename Use>
-    __device__ __forceinline__ void sums(int thread, Use use) {
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            float sum = squares[i];
-#pragma unroll
-            for (int distance = 1; distance < 8; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-            const int token = thread / 8 + i * 32;
-            if (thread % 8 == 0 && token < kTokens) use(token, sum);
-        }
-    }
-};
-
 template <int kTokens, Form kForm, bool kTall>
 __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     constexpr bool kNorm = has_norm(kForm);
     constexpr int kGroupBytes = kShortRows / 2 * kStageColumns * 2;  // of weight, for one instruction
     const int bytes = stage_bytes(p.tile_rows, kTokens);
-    const int thread = threadIdx.x, lane = thread % 32, group = thread / 128;
-    if constexpr (kNorm) {
-        const uint4* norm = static_cast<const uint4*>(p.norm) + b.first_step * kStageColumns / 8;
-#pragma unroll 1
-        for (int i = thread; i < b.steps * kStageColumns / 8; i += kConsumers)
-            b.at<uint4>(p.norm_offset)[i] = __ldg(norm + i);
-        common::named_sync(1, kConsumers);
-    }
+    const int thread = threadIdx.x, lane = thread % 32, group = common::uniform_warp() / 4;
     common::wait_for_previous_kernel();
     Finisher<kTokens, kForm, kTall> finisher(p, b);
     finisher.begin();
     const int last_step = p.splits > 1 ? finisher.own.last_step(p) : b.steps;  // before peers may send
 
     Sums<kTokens, kTall> sums;
+    // A warpgroup without rows in the tile would only take the other's time in shared memory. Both conditions come from
+    // numbers that the compiler knows to be the same for the whole warpgroup, or its instructions would run one by one.
+    const bool has_rows = group * kShortRows / 2 < p.tile_rows;
     const bool is_tall = kTall && (2 + group) * kShortRows / 2 < p.tile_rows;
-    NormShare<kTokens> share;
     int stage = 0, before = 0;
     uint32_t phase = 0;
 #pragma unroll 1
     for (int step = 0; step < b.steps; ++step) {
         const uint32_t weight = b.base + stage * bytes, x = weight + p.tile_rows * kStageColumns * 2;
-        common::mbarrier_wait(b.full(stage), phase);
-        if constexpr (kNorm) {  // while the tensor cores work on the stage before
-            share.multiply(x, b.at<uint4>(p.norm_offset)[step * kStageColumns / 8 + thread % 8], thread);
-            common::fence_async_proxy();
-            common::named_sync(1, kConsumers);
-        }
+        common::mbarrier_wait(kNorm ? b.ready(stage) : b.full(stage), phase);
         const uint64_t rows = operand(weight + group * kGroupBytes), columns = operand(x);
-        wgmma_fence();
+        if (has_rows) {
+            wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kStageColumns / 16; ++k)  // 32 bytes further along the rows
-            wgmma<kTokens>(sums.d[0], rows + 2 * k, columns + 2 * k, step + k);
+            for (int k = 0; k < kStageColumns / 16; ++k)  // 32 bytes further along the rows
+                wgmma<kTokens>(sums.d[0], rows + 2 * k, columns + 2 * k, step + k);
+        }
         if constexpr (kTall) {
             // Rows beyond the tile's are whatever lies there; what comes of them is not used.
             const uint64_t upper = operand(weight + (2 + group) * kGroupBytes);
-            if (is_tall)
+            if (is_tall) {
+                wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < kStageColumns / 16; ++k)
                     wgmma<kTokens>(sums.d[1], upper + 2 * k, columns + 2 * k, step + k);
+            }
         }
         wgmma_commit();
         wgmma_wait<1>();
@@ -165,17 +119,18 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     }
     wgmma_wait<0>();
     if (p.splits == 1) {
-        finisher.finish_alone(sums, share);
+        finisher.finish_alone(sums);
         return;
     }
     if (last_step + 1 >= b.steps) allow_sending(p, b, lane);
-    finisher.send_sums(sums, share);
+    finisher.send_sums(sums);
     finisher.finish_received();
 }
 
-// Two blocks an SM: this kernel's and the next one's. Tall tiles come with a ring that leaves no room for another.
+// Two blocks an SM: this kernel's and the next one's. Tall tiles and SwiGLU come with a ring that leaves no room for
+// another of their kind.
 template <int kTokens, Form kForm, bool kTall>
-__global__ void __launch_bounds__(kThreads, kTokens <= 64 && !kTall ? 2 : 1)
+__global__ void __launch_bounds__(threads(kForm), kTokens <= 64 && !kTall && kForm != Form::kNormSwiGlu ? 2 : 1)
     batch_linear_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant__ CUtensorMap x,
                         const __grid_constant__ Params p) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
@@ -191,8 +146,9 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 64 && !kTall ? 2 : 1)
     const Block b{shared, common::shared_address(shared), p.tail_offset, int(blockIdx.x) / p.splits, rank, first_step,
                   steps};
     if (common::elect_one()) {  // each barrier is an instruction of some fifty cycles: every warp makes a few
-        for (int i = warp; i < p.stages; i += kThreads / 32) {
+        for (int i = warp; i < p.stages; i += threads(kForm) / 32) {
             common::mbarrier_init(b.full(i), 1);
+            if (has_norm(kForm)) common::mbarrier_init(b.ready(i), kNormWarps);
             common::mbarrier_init(b.empty(i), kConsumerWarps);
         }
         if (warp == kConsumerWarps) {
@@ -212,9 +168,11 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 64 && !kTall ? 2 : 1)
     if (p.splits > 1) common::cluster_arrive();
     if (warp < kConsumerWarps) {
         consume<kTokens, kForm, kTall>(p, b);
-    } else {
+    } else if (warp == kConsumerWarps) {
         producer.run();
         if (p.splits > 1) common::cluster_wait();
+    } else if constexpr (has_norm(kForm)) {
+        Norm<kTokens>{p, b}.run();
     }
 #else
     __trap();  // the host launches this on compute capability 9.0 only

@@ -36,6 +36,7 @@ void check(const Problem& q, const Plan& plan) {
     require(plan.tile_rows >= kMinTileRows && plan.tile_rows <= tallest && plan.tile_rows % kUnitRows == 0,
             "tile_rows is " + std::to_string(plan.tile_rows) + "; supported here: multiples of " +
                 std::to_string(kUnitRows) + " from " + std::to_string(kMinTileRows) + " to " + std::to_string(tallest));
+    require(plan.ahead >= 0, "ahead is " + std::to_string(plan.ahead) + "; expected 0 or more stages");
     require((q.form == Form::kLinearAdd) == (q.residual != nullptr) && has_norm(q.form) == (q.norm != nullptr),
             "linear_add takes a residual, the other forms a norm");
     const struct {
@@ -94,6 +95,7 @@ void launch(const Problem& q, const Plan& plan, bool overlap, cudaStream_t strea
     require(p.stages >= least, "a block needs " + std::to_string(least * bytes_of_stage + behind) +
                                    " bytes of shared memory in " + std::to_string(least) + " stages, and may have " +
                                    std::to_string(plan.shared_bytes) + " and " + std::to_string(block_steps));
+    p.ahead = std::min(plan.ahead, p.stages);
     p.norm_offset = p.stages * bytes_of_stage;
     p.tail_offset = p.norm_offset + norm_bytes;
     const int bytes = p.norm_offset + behind;
@@ -111,7 +113,7 @@ void launch(const Problem& q, const Plan& plan, bool overlap, cudaStream_t strea
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(divide_up(q.num_rows, p.tile_rows) * p.splits);
-    config.blockDim = dim3(kThreads);
+    config.blockDim = dim3(threads(q.form));
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
     config.attrs = p.splits > 1 ? attributes : attributes + 1;

@@ -9,9 +9,10 @@ namespace batch_linear {
 using common::Problem;
 
 // splits: blocks of the cluster that makes a tile of tile_rows. trigger: stages left to ask for when the next kernel
-// may start. shared_bytes: the most that a block may use.
+// may start. shared_bytes: the most that a block may use. ahead: stages of weight that are asked for before the
+// previous kernel has ended, if the ring has so many.
 struct Plan {
-    int splits, trigger, shared_bytes, tile_rows;
+    int splits, trigger, shared_bytes, tile_rows, ahead;
 };
 
 // Throws std::invalid_argument for what the kernel does not support (before any CUDA call), std::runtime_error if CUDA

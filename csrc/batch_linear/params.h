@@ -15,10 +15,15 @@ constexpr int kTallRows = 2 * kShortRows;               // the most, two units a
 constexpr int kStageColumns = 64;                       // 128 bytes, the swizzle's width
 constexpr int kMaxSplits = 8;                           // blocks of a cluster, the portable limit
 constexpr int kMaxStages = 14;
-constexpr int kConsumers = kConsumerWarps * 32;
-constexpr int kThreads = kConsumers + 32;  // and the warp that copies
+constexpr int kNormWarps = 4;  // multiply the norm's weight into x
+constexpr int kConsumers = kConsumerWarps * 32, kNormThreads = kNormWarps * 32;
 
 using common::Form, common::has_norm;
+
+// Threads of a block: those that multiply, the warp that copies, and with a norm those that prepare x.
+constexpr int threads(Form form) {
+    return kConsumers + 32 + (has_norm(form) ? kNormThreads : 0);
+}
 
 // Rows of weight that make an output: SwiGLU's gates and ups alternate in groups of 8.
 constexpr int rows_per_output(Form form) {
@@ -52,6 +57,7 @@ struct Params {
     float eps;
     int tile_rows, units;          // weight rows of a tile, and units of them
     int splits, stages, steps;     // steps: of kStageColumns, over all splits
+    int ahead;                     // stages of weight that are asked for before the previous kernel has ended
     int trigger;                   // the next kernel may start when this many stages are left to ask for
     int norm_offset, tail_offset;  // in shared memory
 };
@@ -77,7 +83,7 @@ constexpr __host__ __device__ int receiving_stages(int tile_rows, int tokens, in
 struct Tail {
     float squares[kMaxSplits][kMaxTokens];  // sums of squares of x over each block's columns
     float scale[kMaxTokens];
-    uint64_t full[kMaxStages], empty[kMaxStages];
+    uint64_t full[kMaxStages], ready[kMaxStages], empty[kMaxStages];
     uint64_t drained, received;
 };
 

@@ -37,17 +37,21 @@ SHARED_BYTES, SWIGLU_BYTES, SWIGLU_ALONE_BYTES = 106 << 10, 150 << 10, 200 << 10
 # With fast memory and long rows every block is better off alone; deeper rings than these have not been faster.
 ONE_ROUND_BYTES = {LINEAR_ADD: 150 << 10, NORM_LINEAR: 170 << 10, NORM_SWIGLU: 200 << 10}
 TRIGGER = 2
+MAX_STAGES = 14
+# Of a deep ring, where the block can only start when the previous kernel ends: x would have to wait behind the rest.
+AHEAD = 2
 
 
 class Plan(NamedTuple):
     """How a product runs: blocks of the cluster that makes a tile, among which the inner dimension is split; shared
     memory that a block may use; how many stages are left to ask for when the next kernel may start; weight rows of a
-    tile."""
+    tile; how many stages of weight are asked for before the previous kernel has ended, at most."""
 
     splits: int
     shared_bytes: int = SHARED_BYTES
     trigger: int = TRIGGER
     tile_rows: int = TILE_ROWS
+    ahead: int = MAX_STAGES
 
 
 def norm_linear(
@@ -111,7 +115,9 @@ def _one_round(form: int, tokens: int, num_rows: int, possible: list[int]) -> Pl
     splits = next((s for s in possible if FULL * most <= blocks[s] <= most), None)
     if splits is None:
         splits = max((s for s in possible if blocks[s] <= most), key=blocks.__getitem__, default=1)
-    return Plan(splits, ONE_ROUND_BYTES[form], 0, heights[splits])
+    # The kernel before down is so long that its last blocks leave the first of down's time to fill their rings.
+    ahead = MAX_STAGES if form == LINEAR_ADD else AHEAD
+    return Plan(splits, ONE_ROUND_BYTES[form], 0, heights[splits], ahead)
 
 
 def one_round_rows(num_rows: int, num_tokens: int, splits: int) -> int:
