@@ -209,6 +209,7 @@ __device__ __forceinline__ void stage_tile(const float (&d)[Shape::kFragment], c
 template <typename T, typename Shape>
 __device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const Shared<Shape>& s, int group) {
     const int lane = threadIdx.x % 32;
+    static_assert(Shape::kStages < kMinLeadSteps);
     Cursor<Shape::kStages> at;
     Cursor<Shape::kBuffers> buffer;
     const bool takes_turns = Shape::kSplits == 1 && t.steps >= kMinLeadSteps;

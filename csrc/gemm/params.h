@@ -27,7 +27,7 @@ struct Shape {
     static constexpr Epilogue kEpilogue = kEpilogue_;
     static constexpr int kRows = kRows_, kSplits = kSplits_;  // of weight in a tile; parts of the inner dimension
     static constexpr int kFragment = kRows / 2;               // accumulators of a thread
-    static constexpr int kColumns = kRows / (kEpilogue == Epilogue::kSwiglu ? 2 : kSplits);  // of out, that a part ends
+    static constexpr int kColumns = kRows / (kEpilogue == Epilogue::kSwiglu ? 2 : kSplits);  // of out, a part's
     static constexpr int kBoxes = (kColumns + kBoxColumns - 1) / kBoxColumns;                // of a warpgroup's columns
     // With a residual, buffers for all of them hide the way there and back.
     static constexpr int kBuffers = kEpilogue == Epilogue::kResidual || kBoxes < 2 ? kBoxes : 2;

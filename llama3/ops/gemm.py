@@ -47,6 +47,7 @@ def library() -> ModuleType:
     return load_custom_kernels.load("gemm")
 
 
+@functools.cache
 def clusters_at_once(device: torch.device) -> int:
     """How many pairs of multiprocessors it has, each of which works on one tile at a time."""
     return torch.cuda.get_device_properties(device).multi_processor_count // 2
