@@ -60,7 +60,7 @@ def families() -> list[str]:
 def load(family: str, arch: str | None = None) -> ModuleType:
     """Build `family` for `arch` (default: this machine's GPU, or 90a without one) and return its module.
 
-    Raises KernelBuildError: no nvcc, compiler error, register spills, unsupported GPU, unknown family.
+    Raises KernelBuildError: no nvcc, compiler error, register spills, wgmma one by one, unsupported GPU or family.
     """
     library = build([family], [arch or detect_arch()])[0]
     return library.load()
@@ -243,6 +243,11 @@ def _compile(job: _Job) -> _Object:
             raise KernelBuildError(
                 f"{job.source.name} for sm_{number}: registers spill to memory in {', '.join(spilling)}"
             )
+        if serialized := serialized_kernels(result.stderr):
+            scratch.unlink()
+            raise KernelBuildError(
+                f"{job.source.name} for sm_{number}: wgmma instructions run one by one in {', '.join(serialized)}"
+            )
         scratch.replace(target)
         report.write_text(json.dumps(kernels))
         return _Object(target, kernels, time.perf_counter() - began)
@@ -257,6 +262,12 @@ def _compiler_message(job: _Job, output: str) -> str:
     ]
     first = errors[0] if errors else "no message"
     return f"nvcc could not compile {job.source.name} for sm_{job.arch}: {first} (LLAMA3_KERNEL_VERBOSE=1 shows all)"
+
+
+def serialized_kernels(ptxas: str) -> list[str]:
+    """The kernels of which `ptxas` says that it had to wait for each wgmma before the next: a warpgroup's instructions
+    in a branch that it cannot know to be the same for all its threads, or accumulators that something else touches."""
+    return re.findall(r"wgmma\.mma_async instructions are serialized.*? in (?:the )?function '([^']+)'", ptxas)
 
 
 def parse_resources(ptxas: str) -> list[dict]:

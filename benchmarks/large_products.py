@@ -2,7 +2,8 @@
 
 python -m benchmarks.large_products [--shape 1b,8b] [--json OUT]
 
-The norm before a product counts for both; SwiGLU is fused in ours and a kernel of its own after cuBLASLt's product.
+The norm before a product counts for both; SwiGLU is fused in ours and a kernel of its own after cuBLASLt's product. For
+as many tokens as a decode step may have, ours has the plan that turns out to be the fastest.
 """
 
 import argparse
@@ -20,17 +21,20 @@ from benchmarks.json_file import write_json
 from benchmarks.layer import product_shapes
 from benchmarks.text_table import markdown_table
 from llama3.config import ModelConfig
-from llama3.ops import elementwise, gemm, linear
+from llama3.ops import elementwise, gemm, gemm_search, linear
+from llama3.ops.gemm import Plan
 from llama3.shapes import shape_config
 
 COUNTS = (256, 1024, 2048, 4096, 8192, 16384)
 NUM_LAYERS = 4  # whose weights are used in turn
 ROUNDS = 3
+EPILOGUES = {"qkv": gemm.PLAIN, "o": gemm.RESIDUAL, "gate-up": gemm.SWIGLU, "down": gemm.RESIDUAL}
 Call = Callable[[int], torch.Tensor]
+PlannedCall = Callable[[Plan | None, int], torch.Tensor]
 
 
-def calls(config: ModelConfig, num_tokens: int) -> dict[str, tuple[int, Call, Call]]:
-    """Of each product of a layer: its FLOPs, cuBLASLt's way and ours, as functions of the layer."""
+def calls(config: ModelConfig, num_tokens: int) -> dict[str, tuple[int, Call, PlannedCall]]:
+    """Of each product of a layer: its FLOPs, cuBLASLt's way and ours, as functions of the layer, ours of a plan too."""
     hidden, eps = config.hidden_size, config.rms_norm_eps
 
     def normal(*shape: int) -> torch.Tensor:
@@ -45,29 +49,55 @@ def calls(config: ModelConfig, num_tokens: int) -> dict[str, tuple[int, Call, Ca
         return elementwise.rms_norm(x, norm, eps)
 
     library = partial(linear.product, allow_own=False)
-    ways: dict[str, tuple[Call, Call]] = {
-        "qkv": (lambda i: library(normed(), weights["qkv"][i]), lambda i: gemm.product(normed(), weights["qkv"][i])),
-        "o": (lambda i: library(attn, weights["o"][i], x), lambda i: gemm.product(attn, weights["o"][i], x)),
+    ways: dict[str, tuple[Call, PlannedCall]] = {
+        "qkv": (
+            lambda i: library(normed(), weights["qkv"][i]),
+            lambda plan, i: gemm.product(normed(), weights["qkv"][i], plan=plan),
+        ),
+        "o": (
+            lambda i: library(attn, weights["o"][i], x),
+            lambda plan, i: gemm.product(attn, weights["o"][i], x, plan=plan),
+        ),
         "gate-up": (
             lambda i: elementwise.silu_mul(library(normed(), weights["gate-up"][i])),
-            lambda i: gemm.swiglu(normed(), weights["gate-up"][i]),
+            lambda plan, i: gemm.swiglu(normed(), weights["gate-up"][i], plan),
         ),
-        "down": (lambda i: library(mid, weights["down"][i], x), lambda i: gemm.product(mid, weights["down"][i], x)),
+        "down": (
+            lambda i: library(mid, weights["down"][i], x),
+            lambda plan, i: gemm.product(mid, weights["down"][i], x, plan=plan),
+        ),
     }
     flops = {name: 2 * num_tokens * rows * size for name, (rows, size) in sizes.items()}
     return {name: (flops[name], *both) for name, both in ways.items()}
 
 
+def plans(name: str, config: ModelConfig, num_tokens: int) -> list[Plan | None]:
+    """Of our kernel for a product; None is what it chooses without a measurement."""
+    if num_tokens > gemm_search.MAX_TOKENS:
+        return [None]
+    if EPILOGUES[name] == gemm.SWIGLU:
+        return [*gemm.PLANS[gemm.SWIGLU]]
+    clusters = gemm.clusters_at_once(torch.device("cuda", torch.cuda.current_device()))
+    sizes = num_tokens, *product_shapes(config)[name]
+    return [None, *gemm.promising(EPILOGUES[name], torch.bfloat16, *sizes, clusters)]
+
+
 @torch.inference_mode()
 def measure(shape: str, num_tokens: int) -> list[dict[str, Any]]:
-    rows = []
-    for name, (flops, library, ours) in calls(shape_config(shape), num_tokens).items():
-        times: dict[str, list[float]] = {"cublaslt_us": [], "ours_us": []}
+    rows, config = [], shape_config(shape)
+    for name, (flops, library, ours) in calls(config, num_tokens).items():
+        choices = plans(name, config, num_tokens)
+        ways: dict[Plan | str | None, Call] = {"cublaslt": library}
+        ways.update({plan: partial(ours, plan) for plan in choices})
+        times: dict[Plan | str | None, list[float]] = {way: [] for way in ways}
         for _ in range(ROUNDS):
-            for key, call in (("cublaslt_us", library), ("ours_us", ours)):
-                times[key] += microseconds([partial(call, i) for i in range(NUM_LAYERS)], 3)
-        medians = {key: statistics.median(found) for key, found in times.items()}
-        rows.append({"model": shape, "tokens": num_tokens, "product": name, "flops": flops, **medians})
+            for way, call in ways.items():
+                times[way] += microseconds([partial(call, i) for i in range(NUM_LAYERS)], 3)
+        medians = {way: statistics.median(found) for way, found in times.items()}
+        by_plan = {f"{plan.rows}x{plan.splits}": medians[plan] for plan in choices if plan}
+        row = {"model": shape, "tokens": num_tokens, "product": name, "flops": flops, "ours_by_plan_us": by_plan}
+        best = min(medians[plan] for plan in choices)
+        rows.append({**row, "cublaslt_us": medians["cublaslt"], "ours_us": best})
     return rows
 
 

@@ -26,15 +26,15 @@ from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 
 ORDER = ("gate-up", "down", "qkv", "o")  # by how much they read
 FORMS = {"qkv": NORM_LINEAR, "o": LINEAR_ADD, "gate-up": NORM_SWIGLU, "down": LINEAR_ADD}
-KIB, TRIGGERS = (106, 150, 170, 200), (0, 2)
+KIB, TRIGGERS, AHEADS = (106, 150, 170, 200), (0, 2), (batch_linear.AHEAD, batch_linear.MAX_STAGES)
 
 
-def plans_for(num_rows: int, num_tokens: int) -> list[Plan]:
+def plans_for(form: int, num_rows: int, num_tokens: int) -> list[Plan]:
     """Tiles of 128 rows, and those of which every cluster has one."""
     return [
-        Plan(splits, kib << 10, trigger, tile_rows)
-        for splits, kib, trigger in itertools.product(batch_linear.SPLITS, KIB, TRIGGERS)
-        for tile_rows in sorted({TILE_ROWS, batch_linear.one_round_rows(num_rows, num_tokens, splits)})
+        Plan(splits, kib << 10, trigger, tile_rows, ahead)
+        for splits, kib, trigger, ahead in itertools.product(batch_linear.SPLITS, KIB, TRIGGERS, AHEADS)
+        for tile_rows in sorted({TILE_ROWS, batch_linear.one_round_rows(form, num_rows, num_tokens, splits)})
     ]
 
 
@@ -79,7 +79,7 @@ def run(shape: str, num_tokens: int, context: int) -> dict[str, Any]:
     with everywhere, mock.patch.object(linear, "ONE_KERNEL", (batch_linear,)):
         shapes = product_shapes(step.config)
         own_us = measure({})
-        found = search({name: plans_for(shapes[name][0], num_tokens) for name in ORDER}, measure)
+        found = search({name: plans_for(FORMS[name], shapes[name][0], num_tokens) for name in ORDER}, measure)
     rows = [
         {"product": name, "plan": plan._asdict(), "us": us}
         for name, times in found.items()

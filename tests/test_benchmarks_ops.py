@@ -11,7 +11,7 @@ import torch
 from benchmarks import ops, product_plans
 from benchmarks.layer import product_shapes
 from llama3.ops import batch_linear
-from llama3.ops.one_kernel import LINEAR_ADD
+from llama3.ops.one_kernel import LINEAR_ADD, NORM_SWIGLU
 from llama3.shapes import shape_config
 from llama3.weights import random_weights
 
@@ -57,9 +57,10 @@ def test_the_best_plan_of_each_product_is_kept_for_the_next_one() -> None:
 
 
 def test_plans_that_are_tried_hold_the_one_that_is_chosen() -> None:
-    chosen = batch_linear.choose_plan(LINEAR_ADD, 64, 4096, 14336, 132, fast_memory=True)
-    assert chosen in product_plans.plans_for(4096, 64)
-    assert {plan.tile_rows for plan in product_plans.plans_for(4096, 65)} <= set(range(64, 129))
+    for form, *shape in ((LINEAR_ADD, 4096, 14336), (NORM_SWIGLU, 28672, 4096)):
+        chosen = batch_linear.choose_plan(form, 64, *shape, 132, fast_memory=True)
+        assert chosen in product_plans.plans_for(form, shape[0], 64)
+    assert {plan.tile_rows for plan in product_plans.plans_for(NORM_SWIGLU, 28672, 65)} <= set(range(64, 129))
 
 
 def test_the_products_of_a_layer_are_those_of_its_weights() -> None:

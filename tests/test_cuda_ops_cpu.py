@@ -12,7 +12,7 @@ import torch
 from llama3.errors import UserError
 from llama3.forward_batch import PrefillBatch
 from llama3.kv_cache import LayerCache
-from llama3.ops import cublaslt, cuda, elementwise, gemm_search, linear, prefill_attention
+from llama3.ops import cublaslt, cuda, elementwise, gemm, gemm_search, linear, prefill_attention
 from llama3.ops.prefill_attention import PrefillPlan
 from llama3.rope import RopeTable
 from llama3.shapes import shape_config
@@ -246,14 +246,47 @@ def test_searches_are_remembered_on_disk(searches: list[FakeProduct], monkeypatc
     assert ask(again) == again.algorithms(3)[2] and len(searches) == 2
 
 
-def test_our_kernel_is_remembered_too(searches: list[FakeProduct], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plan", gemm.PLANS[gemm.PLAIN])
+def test_our_kernel_is_remembered_too(
+    searches: list[FakeProduct], monkeypatch: pytest.MonkeyPatch, plan: gemm.Plan
+) -> None:
     gemm_search.expect_decode(64)
-    monkeypatch.setattr(gemm_search, "measure", lambda *_: gemm_search.OWN)
+    monkeypatch.setattr(gemm_search, "measure", lambda *_: plan)
     product = FakeProduct(num_tokens=64, name="a")
-    assert ask(product) == gemm_search.OWN
+    assert ask(product) == plan
+    assert json.loads(gemm_search.cache_path().read_text()) == {"a": f"csrc/gemm {plan.rows}x{plan.splits}"}
     monkeypatch.setattr(gemm_search, "_measured", {})  # another process
     monkeypatch.setattr(gemm_search, "measure", None)
-    assert ask(product) == gemm_search.OWN
+    assert ask(product) == plan
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["csrc/gemm", "csrc/gemm 128", "csrc/gemm 96x2", "csrc/gemm 128x2 ", "csrc/gemm 0128x2", "00ff", "apart", "", 1],
+)
+def test_what_is_no_algorithm_is_measured_anew(searches: list[FakeProduct], name: object) -> None:
+    gemm_search.cache_path().parent.mkdir()
+    gemm_search.cache_path().write_text(json.dumps({"a": name}))
+    gemm_search.expect_decode(64)
+    product = FakeProduct(num_tokens=64, name="a")
+    assert ask(product) == product.algorithms(3)[2] and searches == [product]
+
+
+def test_plans_are_remembered_for_an_epilogue() -> None:
+    assert gemm_search._parse("csrc/gemm 192x2", gemm.PLAIN) == gemm.Plan(192, 2)
+    assert gemm_search._parse("csrc/gemm 192x2", gemm.RESIDUAL) is None
+
+
+def test_the_way_of_swiglu_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLAMA3_KERNEL_CACHE", str(tmp_path))
+    x, gate_up = torch.zeros(2, 16, dtype=BF16), torch.zeros(32, 16, dtype=BF16)
+    for i, plan in enumerate((None, gemm.WHOLE, gemm.Plan(224))):
+        monkeypatch.setattr(gemm_search, "fastest", lambda ways, weight, i=i: i)
+        assert gemm_search._fastest_swiglu(str(i), x, gate_up, torch.clone) == plan
+    monkeypatch.setattr(gemm_search, "fastest", None)
+    assert gemm_search._fastest_swiglu("2", x, gate_up, torch.clone) == gemm.Plan(224)
+    remembered = {"0": "apart", "1": "csrc/gemm 256x1", "2": "csrc/gemm 224x1"}
+    assert json.loads(gemm_search.cache_path().read_text()) == remembered
 
 
 def test_copies_of_a_weight_are_aligned() -> None:

@@ -1,4 +1,4 @@
-"""What can be known of the large products without a GPU: what they refuse."""
+"""What can be known of the large products without a GPU: what they refuse, and how they choose."""
 
 import pytest
 import torch
@@ -26,6 +26,80 @@ ALIGNED, ODD = 4096, 4098
 def test_kernel_refuses(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gemm.library().gemm(*arguments, 0, stream=0)
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize(
+    ("num_rows", "size", "epilogue", "dtype", "plan", "message"),
+    [
+        (256, 512, 0, 0, {"rows": 96}, "tiles of 96 rows in 1 parts"),
+        (256, 512, 0, 0, {"rows": 256, "splits": 3}, "tiles of 256 rows in 3 parts"),
+        (256, 512, 0, 1, {"rows": 128}, "for this dtype and epilogue .*; all have 256 in 1 part"),
+        (256, 512, 2, 0, {"rows": 192}, "tiles of 192 rows"),
+        (256, 64, 0, 0, {"rows": 128, "splits": 2}, "size is 64; for 2 parts it must be over 64"),
+        (256, 192, 0, 0, {"rows": 256, "splits": 4}, "size is 192; for 4 parts it must be over 192"),
+        (256, 512, 0, 0, {"rows": 128, "splits": 2}, "the workspace has 0 bytes; expected 278528"),
+        (256, 512, 0, 0, {"splits": 2, "workspace": ALIGNED, "workspace_bytes": 1 << 14}, "has 16384 bytes; expected"),
+        (256, 512, 0, 0, {"splits": 2, "workspace": ODD, "workspace_bytes": 1 << 30}, "16-byte aligned"),
+        (1 << 16, 512, 0, 0, {"splits": 2, "workspace": ALIGNED, "workspace_bytes": 1 << 30}, "512 parts of tiles"),
+    ],
+)
+def test_kernel_refuses_plans(num_rows: int, size: int, epilogue: int, dtype: int, plan: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gemm.library().gemm(ALIGNED, ALIGNED, 0, ALIGNED, 1, num_rows, size, epilogue, dtype, stream=0, **plan)
+
+
+@pytest.mark.nvcc
+def test_the_workspace_is_enough_for_every_plan() -> None:
+    clusters = 66
+    sums = max((plan.splits - 1) * plan.rows // plan.splits for plans in gemm.PLANS.values() for plan in plans)
+    assert gemm.library().workspace_bytes(clusters) == (1 << 14) + clusters * sums * gemm.TILE * 4
+
+
+CLUSTERS = 66  # of an H200
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "num_rows", "size", "plans"),
+    [
+        (gemm.PLAIN, 6144, 4096, [(192, 2)]),  # 8B at 256 tokens
+        (gemm.RESIDUAL, 4096, 4096, [(128, 2), (256, 4)]),
+        (gemm.RESIDUAL, 4096, 64, []),  # parts would be empty
+        (gemm.PLAIN, 128256, 4096, [(256, 1), (192, 1), (128, 1)]),
+        (gemm.PLAIN, 8192, 4096, [(128, 1), (256, 2)]),
+        (gemm.PLAIN, 128, 4096, []),
+    ],
+)
+def test_promising_plans(epilogue: int, num_rows: int, size: int, plans: list[tuple[int, int]]) -> None:
+    assert gemm.promising(epilogue, BF16, 256, num_rows, size, CLUSTERS) == plans
+    assert gemm.promising(epilogue, torch.float16, 256, num_rows, size, CLUSTERS) == [
+        plan for plan in plans if plan == gemm.WHOLE
+    ]
+
+
+def test_no_plan_keeps_less_than_its_share_busy() -> None:
+    for num_tokens in (129, 256, 257, 512, 1024):
+        for num_rows in range(1024, 32768, 1024):
+            for plan in gemm.promising(gemm.PLAIN, BF16, num_tokens, num_rows, 4096, CLUSTERS):
+                parts = -(-num_tokens // 256) * -(-num_rows // plan.rows) * plan.splits
+                assert parts <= CLUSTERS or plan.splits == 1
+                assert parts / CLUSTERS / -(-parts // CLUSTERS) >= gemm.MIN_OCCUPANCY
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "rows"),
+    [
+        (256, 28672, 224),  # two rounds either way
+        (4096, 28672, 256),  # 28 rounds of 256 rows take as long as 32 of 224
+        (8192, 28672, 256),
+        (32768, 28672, 256),  # less than 0.1 % in it
+        (256, 16384, 256),
+    ],
+)
+def test_default_plans(num_tokens: int, num_rows: int, rows: int) -> None:
+    assert gemm.default_plan(gemm.SWIGLU, BF16, num_tokens, num_rows, CLUSTERS) == (rows, 1)
+    assert gemm.default_plan(gemm.SWIGLU, torch.float16, num_tokens, num_rows, CLUSTERS) == gemm.WHOLE
+    assert gemm.default_plan(gemm.PLAIN, BF16, num_tokens, num_rows, CLUSTERS) == gemm.WHOLE
 
 
 def zeros(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:

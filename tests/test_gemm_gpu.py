@@ -1,11 +1,13 @@
 """The large products against the reference ops in fp64, within the numerics contract of the design."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from llama3.errors import UserError
 from llama3.ops import gemm, gemm_search, linear
 from llama3.ops.reference import ReferenceOps
 from tests.numerics import assert_within_contract
@@ -15,6 +17,11 @@ COUNTS = (1, 63, 64, 65, 128, 129, 255, 257, 1000, 4099)  # a block takes 128 to
 # N, K of 1B, 3B and 8B, and sizes that divide by little.
 SIZES = ((3072, 2048), (2048, 8192), (5120, 3072), (4096, 14336), (16384, 2048), (264, 72), (16, 8), (1000, 328))
 DTYPES = (torch.bfloat16, torch.float16)
+
+EDGE_COUNTS = (1, 129, 200, 256, 257)
+PRODUCT_PLANS = sorted({*gemm.PLANS[gemm.PLAIN], *gemm.PLANS[gemm.RESIDUAL]})
+SPLIT_PLANS = [plan for plan in PRODUCT_PLANS if plan.splits > 1]
+DECODE_SIZES = ((6144, 4096), (4096, 4096), (4096, 14336))  # qkv, o and down of 8B
 
 
 def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
@@ -59,6 +66,173 @@ def test_swiglu(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype) -
     result = gemm.swiglu(inside(x), inside(weight))
     assert_within_contract(result, silu_mul(x.double() @ weight.double().T), silu_mul(x @ weight.T))
     assert torch.equal(result, gemm.swiglu(x, weight))
+
+
+def edge_sizes(plan: gemm.Plan) -> list[tuple[int, int]]:
+    """N, K: a tile and a bit, less than a box, several tiles; the shortest parts, uneven ones, longer than the ring."""
+    shortest = (plan.splits - 1) * 64 + 8
+    return [(plan.rows + 8, shortest), (8, 520), (1000, 1096), (3 * plan.rows - 56, 2048)]
+
+
+@pytest.mark.parametrize("num_tokens", EDGE_COUNTS)
+@pytest.mark.parametrize("plan", PRODUCT_PLANS)
+def test_product_plans(plan: gemm.Plan, num_tokens: int) -> None:
+    dtype = torch.bfloat16
+    for num_rows, size in edge_sizes(plan):
+        x = inside(normal(num_tokens, size, dtype=dtype))
+        weight = inside(normal(num_rows, size, dtype=dtype, scale=size**-0.5))
+        residual = inside(normal(num_tokens, num_rows, dtype=dtype))
+        exact = x.double() @ weight.double().T
+        if plan in gemm.PLANS[gemm.PLAIN]:
+            result = gemm.product(x, weight, plan=plan)
+            assert_within_contract(result, exact, x @ weight.T)
+            assert plan.splits > 1 or torch.equal(result, gemm.product(x, weight))  # the same sums in the same order
+        if plan in gemm.PLANS[gemm.RESIDUAL]:
+            result = gemm.product(x, weight, residual, plan=plan)
+            plain = ReferenceOps().linear_add(x, weight, residual)
+            assert_within_contract(result, exact + residual.double(), plain)
+            assert plan.splits > 1 or torch.equal(result, gemm.product(x, weight, residual))
+            assert torch.equal(gemm.product(x, weight, residual, residual, plan), result)  # in place
+            assert torch.equal(residual, result)
+
+
+@pytest.mark.parametrize("num_tokens", EDGE_COUNTS)
+def test_swiglu_plans(num_tokens: int) -> None:
+    dtype = torch.bfloat16
+    for num_rows, size in ((28672, 4096), (16, 8), (208, 72), (240, 328), (2000, 328), (4480, 1096)):
+        x, weight = normal(num_tokens, size, dtype=dtype), normal(num_rows, size, dtype=dtype, scale=2 * size**-0.5)
+        expected = gemm.swiglu(x, weight, gemm.WHOLE)
+        result = gemm.swiglu(inside(x), inside(weight), gemm.Plan(224))
+        assert_within_contract(result, silu_mul(x.double() @ weight.double().T), silu_mul(x @ weight.T))
+        assert torch.equal(result, expected) and torch.equal(gemm.swiglu(x, weight), expected)
+
+
+@pytest.mark.parametrize("plan", [gemm.Plan(224), *PRODUCT_PLANS])
+def test_no_plan_writes_beyond_the_output(plan: gemm.Plan) -> None:
+    x, weight = normal(130, 512, dtype=torch.bfloat16), normal(272, 512, dtype=torch.bfloat16)
+    epilogue = gemm.SWIGLU if plan in gemm.PLANS[gemm.SWIGLU] and plan != gemm.WHOLE else gemm.PLAIN
+    storage = torch.full((140 * 272,), torch.nan, dtype=torch.bfloat16, device="cuda")
+    workspace = gemm._workspace(x.device)
+    gemm.library().gemm(
+        *(x.data_ptr(), weight.data_ptr(), 0, storage.data_ptr()),
+        *(130, 272, 512, epilogue, 0),
+        stream=torch.cuda.current_stream().cuda_stream,
+        workspace=workspace.data_ptr(),
+        workspace_bytes=workspace.nbytes,
+        **plan._asdict(),
+    )
+    written, size = ~storage.isnan(), 130 * 272 // (2 if epilogue == gemm.SWIGLU else 1)
+    assert written[:size].all() and not written[size:].any()
+
+
+def split_products(sizes: tuple[tuple[int, int], ...]) -> list[tuple[int, int, gemm.Plan]]:
+    """Those with all their parts at once on this GPU, at 256 tokens."""
+    at_once = gemm.clusters_at_once(torch.device("cuda", torch.cuda.current_device()))
+    found = [(*size, plan) for size in sizes for plan in SPLIT_PLANS]
+    return [(n, k, plan) for n, k, plan in found if -(-n // plan.rows) * plan.splits <= at_once]
+
+
+def test_sums_of_parts_are_repeatable() -> None:
+    """Launches that overlap, and use the same workspace."""
+    for num_rows, size, plan in split_products(DECODE_SIZES):
+        x, weight = normal(256, size, dtype=torch.bfloat16), normal(num_rows, size, dtype=torch.bfloat16, scale=0.02)
+        expected = gemm.product(x, weight, plan=plan)
+        assert_within_contract(expected, x.double() @ weight.double().T, x @ weight.T)
+        outs = list(torch.empty(200, 256, num_rows, dtype=torch.bfloat16, device="cuda"))
+        for out in outs:
+            gemm.product(x, weight, out=out, plan=plan)
+        assert all(torch.equal(out, expected) for out in outs)
+        counters = gemm._workspace(x.device)[: 1 << 14]
+        assert not counters.any()
+
+
+@pytest.mark.parametrize("plan", SPLIT_PLANS)
+def test_parts_pass_on_what_is_not_finite(plan: gemm.Plan) -> None:
+    x, weight = normal(256, 2048, dtype=torch.bfloat16), normal(1024, 2048, dtype=torch.bfloat16)
+    x[3, 5], x[200, 2047], weight[77, 1300] = torch.inf, torch.nan, torch.nan
+    expected, result = x.float() @ weight.float().T, gemm.product(x, weight, plan=plan)
+    assert torch.equal(result.isnan(), expected.isnan()) and torch.equal(result.isinf(), expected.isinf())
+
+
+def test_products_in_parts_follow_one_another_in_a_graph() -> None:
+    """Each reads what its predecessor writes, and takes over its workspace, launched before that one has ended."""
+    plans = [gemm.Plan(128, 2), gemm.Plan(256, 4), gemm.Plan(256, 2)] * 4
+    weights = [normal(4096, 4096, dtype=torch.bfloat16, scale=4096**-0.5) for _ in range(3)]
+    wide = normal(6144, 4096, dtype=torch.bfloat16, scale=4096**-0.5)
+    start = normal(256, 4096, dtype=torch.bfloat16, scale=0.1)
+    hidden = torch.empty(len(plans) + 1, 256, 4096, dtype=torch.bfloat16, device="cuda")
+    qkv = torch.empty(len(plans), 256, 6144, dtype=torch.bfloat16, device="cuda")
+
+    def chain(after_each: Callable[[], None]) -> None:
+        hidden[0].copy_(start)
+        for i, plan in enumerate(plans):
+            gemm.product(hidden[i], weights[i % 3], hidden[i], hidden[i + 1], plan)
+            after_each()
+            gemm.product(hidden[i + 1], wide, out=qkv[i], plan=gemm.Plan(192, 2))
+            after_each()
+            gemm.product(qkv[i, :, :4096].reshape(256, 4096), weights[0], hidden[i + 1], hidden[i + 1], plan)
+            after_each()
+            gemm.swiglu(hidden[i + 1], wide)  # not in parts
+            gemm.product(hidden[i + 1].clone(), weights[1], hidden[i + 1], hidden[i + 1], gemm.WHOLE)
+            after_each()
+            hidden[i + 1].mul_(0.25)
+
+    chain(torch.cuda.synchronize)
+    expected = hidden.clone(), qkv.clone()
+    assert all(torch.isfinite(tensor).all() for tensor in expected)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(lambda: None)
+    for _ in range(100):
+        hidden.fill_(torch.nan), qkv.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(hidden, expected[0]) and torch.equal(qkv, expected[1])
+
+
+def test_too_many_parts_are_refused() -> None:
+    """They would wait for each other for ever."""
+    x, weight = normal(256, 512, dtype=torch.bfloat16), normal(16384, 512, dtype=torch.bfloat16)
+    with pytest.raises(UserError, match="makes 256 parts of 512 columns; expected at most"):
+        gemm.product(x, weight, plan=gemm.Plan(128, 2))
+    workspace, out = torch.zeros(1 << 26, dtype=torch.uint8, device="cuda"), x.new_empty(256, 16384)
+    pointers = (x.data_ptr(), weight.data_ptr(), 0, out.data_ptr())
+    with pytest.raises(ValueError, match="256 parts of tiles must run at once; this GPU has room for"):
+        gemm.library().gemm(
+            *(*pointers, 256, 16384, 512, gemm.PLAIN, 0),
+            stream=torch.cuda.current_stream().cuda_stream,
+            **gemm.Plan(128, 2)._asdict(),
+            workspace=workspace.data_ptr(),
+            workspace_bytes=workspace.nbytes,
+        )
+
+
+def test_plans_that_there_are_no_kernels_for() -> None:
+    x, weight = normal(256, 512, dtype=torch.float16), normal(512, 512, dtype=torch.float16)
+    with pytest.raises(UserError, match=r"there is no .*rows=128, splits=2.* in torch.float16; choose from"):
+        gemm.product(x, weight, plan=gemm.Plan(128, 2))
+    with pytest.raises(UserError, match=r"there is no .*rows=192"):
+        gemm.swiglu(x.bfloat16(), weight.bfloat16(), gemm.Plan(192))
+
+
+def test_the_search_runs_the_plan_it_picks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whichever is the fastest."""
+    monkeypatch.setenv("LLAMA3_KERNEL_CACHE", str(tmp_path))
+    for name in ("_decode_batches", "_first", "_measured"):
+        monkeypatch.setattr(gemm_search, name, type(getattr(gemm_search, name))())
+    gemm_search.expect_decode(256)
+    for num_rows, size in DECODE_SIZES[:2]:
+        x, weight = normal(256, size, dtype=torch.bfloat16), normal(num_rows, size, dtype=torch.bfloat16, scale=0.02)
+        plans = gemm.plans_for(gemm.PLAIN, x, weight)
+        assert plans
+        for i in range(len(plans)):
+            monkeypatch.setattr(gemm_search, "fastest", lambda ways, weight, i=i: len(ways) - 1 - i)
+            monkeypatch.setattr(gemm_search, "_measured", {})
+            gemm_search.cache_path().unlink(missing_ok=True)
+            result = linear.product(x, weight)
+            assert list(gemm_search._measured.values()) == [plans[-1 - i]]
+            assert torch.equal(result, gemm.product(x, weight, plan=plans[-1 - i]))
 
 
 def test_large_gates_saturate() -> None:

@@ -31,6 +31,15 @@ def test_resources_are_read_from_ptxas():
     assert plain == {"name": "plain", "registers": 16, "static_smem": 0, "spill_bytes": 0, "stack_bytes": 0}
 
 
+def test_kernels_whose_wgmma_run_one_by_one() -> None:
+    """As ptxas of CUDA 13.0 puts it, and what it says of harmless things beside it."""
+    text = "ptxas info    : (C7520) Potential Performance Loss: wgmma.mma_async instructions are serialized due to"
+    text += " program dependence on compiler-inserted WG.AR in divergent path in the function '_Z3barv'\n"
+    harmless = "ptxas info    : (C7519) warpgroup.arrive is injected in around line 9 by compiler to allow use of"
+    assert build.serialized_kernels(text + harmless + " registers in GMMA in function '_Z3foov'\n") == ["_Z3barv"]
+    assert build.serialized_kernels(PTXAS) == []
+
+
 @pytest.mark.parametrize(
     ("capability", "arch"),
     [

@@ -1,8 +1,8 @@
 // From the tensor cores' sums to the output: over the blocks of the cluster, then the form's epilogue. Every sum is
 // taken in a fixed order, so that a repeat is bitwise equal.
 //
-// A warp holds 16 rows of weight, a unit, for all tokens, in fragments of 16 rows by 8 tokens (wgmma.cuh): a lane has
-// rows r and r + 8 of tokens t and t + 1, r = lane / 4, t = 2 (lane % 4).
+// A warp holds 16 rows of weight, a unit, for all tokens, in fragments of 16 rows by 8 tokens (common/wgmma.cuh): a
+// lane has rows r and r + 8 of tokens t and t + 1, r = lane / 4, t = 2 (lane % 4).
 #pragma once
 #include "batch_linear/params.h"
 #include "common/async.cuh"

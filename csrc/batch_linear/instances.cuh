@@ -10,7 +10,7 @@ const void* kernel_for(int tokens, bool tall);
 
 template <int kTokens, Form kForm>
 const void* instantiate(bool tall) {
-    if constexpr (kTokens <= kMostTallTokens)
+    if constexpr (may_be_tall(kForm, kTokens))
         if (tall) return reinterpret_cast<const void*>(batch_linear_kernel<kTokens, kForm, true>);
     return reinterpret_cast<const void*>(batch_linear_kernel<kTokens, kForm, false>);
 }

@@ -15,9 +15,11 @@
 
 #include "batch_linear/finish.cuh"
 #include "batch_linear/norm.cuh"
-#include "batch_linear/wgmma.cuh"
+#include "common/wgmma.cuh"
 
 namespace batch_linear {
+
+using common::operand, common::wgmma, common::wgmma_commit, common::wgmma_fence, common::wgmma_wait;
 
 __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, uint32_t barrier, int column, int row,
                                          uint64_t policy) {
@@ -98,7 +100,7 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kStageColumns / 16; ++k)  // 32 bytes further along the rows
-                wgmma<kTokens>(sums.d[0], rows + 2 * k, columns + 2 * k, step + k);
+                wgmma<__nv_bfloat16, kTokens>(sums.d[0], rows + 2 * k, columns + 2 * k, step + k);
         }
         if constexpr (kTall) {
             // Rows beyond the tile's are whatever lies there; what comes of them is not used.
@@ -107,7 +109,7 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < kStageColumns / 16; ++k)
-                    wgmma<kTokens>(sums.d[1], upper + 2 * k, columns + 2 * k, step + k);
+                    wgmma<__nv_bfloat16, kTokens>(sums.d[1], upper + 2 * k, columns + 2 * k, step + k);
             }
         }
         wgmma_commit();

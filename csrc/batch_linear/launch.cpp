@@ -32,7 +32,7 @@ void check(const Problem& q, const Plan& plan) {
     const int most = std::min(kMaxSplits, q.size / kStageColumns);
     require(plan.splits >= 1 && plan.splits <= most,
             "splits is " + std::to_string(plan.splits) + "; supported here: 1 to " + std::to_string(most));
-    const int tallest = padded_tokens(q.num_tokens) <= kMostTallTokens ? kTallRows : kShortRows;
+    const int tallest = may_be_tall(q.form, padded_tokens(q.num_tokens)) ? kTallRows : kShortRows;
     require(plan.tile_rows >= kMinTileRows && plan.tile_rows <= tallest && plan.tile_rows % kUnitRows == 0,
             "tile_rows is " + std::to_string(plan.tile_rows) + "; supported here: multiples of " +
                 std::to_string(kUnitRows) + " from " + std::to_string(kMinTileRows) + " to " + std::to_string(tallest));

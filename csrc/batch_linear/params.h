@@ -33,7 +33,10 @@ constexpr int rows_per_output(Form form) {
 // Tokens that a kernel is compiled for; others run in the next larger one.
 constexpr int kTokenCounts[] = {32, 48, 64, 96, 128};
 
-constexpr int kMostTallTokens = 64;  // with which tiles may have more than kShortRows
+// Whether tiles may have more than kShortRows: only SwiGLU's products have so many rows that it pays.
+constexpr bool may_be_tall(Form form, int tokens) {
+    return form == Form::kNormSwiGlu && tokens <= 64;
+}
 
 constexpr int padded_tokens(int tokens) {
     for (const int count : kTokenCounts)

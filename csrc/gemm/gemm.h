@@ -24,6 +24,22 @@ struct Gemm {
     Epilogue epilogue;
 };
 
+// How it is computed: weight rows of a tile; in how many parts its inner dimension is split, each worked on by a
+// cluster of its own, all at the same time.
+struct Plan {
+    int rows = 256, splits = 1;
+};
+
+// For products in parts: aligned to 16 bytes, zeroed before its first use and left fit for the next, and never used by
+// two products at the same time.
+struct Workspace {
+    void* data;
+    int64_t bytes;
+};
+
+// Enough for any product on a GPU that runs so many clusters of two blocks at once.
+int64_t workspace_bytes(int clusters);
+
 struct Launch {
     common::Dtype dtype;
     cudaStream_t stream;
@@ -31,6 +47,6 @@ struct Launch {
 
 // Throws std::invalid_argument for what the kernel does not support (before any CUDA call), std::runtime_error if CUDA
 // fails.
-void launch(const Gemm& g, const Launch& how);
+void launch(const Gemm& g, const Plan& plan, const Workspace& workspace, const Launch& how);
 
 }  // namespace gemm

@@ -1,66 +1,50 @@
 // out [T, N] = x [T, K] weight [N, K]^T for many tokens, on Hopper's wgmma.
 //
 // Grid: as many clusters of kCluster blocks as the GPU holds; each works through every so many-th tile of the output. A
-// tile is 128 tokens by 256 weight rows a block, and the blocks of a cluster take neighbouring rows of tiles, so that
-// each brings only its part of the weights from L2 and multicasts it. Block: two warpgroups that multiply, 64 tokens by
-// 256 rows each, and one whose warps only move data:
+// tile is 128 tokens by Shape::kRows weight rows a block, and the blocks of a cluster take neighbouring rows of tiles,
+// so that each brings only its part of the weights from L2 and multicasts it. Block: two warpgroups that multiply, 64
+// tokens by all the tile's rows each, and one whose warps only move data:
 //   load     x and weight, 64 columns of the inner dimension a stage, into a ring    runs ahead into the next tile
 //   math     ring -> accumulators -> staging buffers                                 one warpgroup an epilogue behind
 //   store    staging buffers -> out; brings the residual into a buffer before math fills it
 // The second warpgroup starts each tile kLead stages after the first: while one is in its epilogue, the other has the
 // tensor cores to itself.
+//
+// Where tiles are fewer than clusters, the inner dimension of each is shared out among kSplits clusters, which exchange
+// sums before the epilogue (exchange.cuh). Then every cluster has one part of one tile, and no warpgroup waits.
 #pragma once
 #include "common/async.cuh"
 #include "common/cluster.cuh"
 #include "common/mma.cuh"
+#include "common/wgmma.cuh"
 #include "gemm/copy.cuh"
-#include "gemm/gemm.h"
-#include "gemm/wgmma.cuh"
+#include "gemm/exchange.cuh"
+#include "gemm/params.h"
 
 namespace gemm {
 
-constexpr int kCluster = 2;     // blocks
-constexpr int kGroupTiles = 8;  // tiles of a cluster's tokens that meet a tile of weights one after the other
-constexpr int kTileTokens = 128, kTileRows = 256, kStageColumns = 64;
-constexpr int kMathGroups = 2, kGroupTokens = kTileTokens / kMathGroups;
-constexpr int kThreads = (kMathGroups + 1) * 128;
-constexpr int kXBytes = kTileTokens * kStageColumns * 2, kWeightBytes = kTileRows * kStageColumns * 2;
-constexpr int kStageBytes = kXBytes + kWeightBytes;
-constexpr int kBoxColumns = 64;  // of a staging buffer: 64 tokens by 64 columns of out
-constexpr int kBufferBytes = kGroupTokens * kBoxColumns * 2;
+using common::operand, common::wgmma, common::wgmma_commit, common::wgmma_fence, common::wgmma_wait;
+
+constexpr int kGroupTiles = 8;    // tiles of a cluster's tokens that meet a tile of weights one after the other
 constexpr int kLead = 2;          // stages
 constexpr int kMinLeadSteps = 8;  // shorter products could lap the barrier between the warpgroups
 constexpr int kMathRegisters = 232, kMoveRegisters = 40;
 static_assert(kMathRegisters * 256 + kMoveRegisters * 128 <= 65536 / kThreads / 8 * 8 * kThreads);
 
-// How shared memory is shared out: with a residual, buffers for a whole tile hide the way there and back.
-template <int kStages_, int kBuffers_>
-struct Layout {
-    static constexpr int kStages = kStages_, kBuffers = kBuffers_;  // buffers of each math warpgroup
-    static constexpr int kRingBytes = kStages * kStageBytes;
-    static constexpr int kBytes = kRingBytes + kMathGroups * kBuffers * kBufferBytes;
-    static constexpr int kSharedBytes = kBytes + 1024 + 256;  // alignment, barriers
-};
-
-struct TensorMaps {
-    CUtensorMap x, weight, residual, out;  // boxes of 128, 128, 64 and 64 rows by 64 columns
-};
-
-struct Tiling {
-    int tiles_tokens, tiles_rows;  // in tiles of a cluster
-    int steps;                     // of kStageColumns along the inner dimension
-};
-
+// A part of a tile, which is all of it if the inner dimension is not split.
 struct Tile {
-    int token, row;  // in tiles of a cluster
+    int token, row;          // in tiles of a cluster
+    int part, first, steps;  // along the inner dimension
 };
 
 // Down `kGroupTiles` tiles of tokens first, then on along the weight rows: neighbours in time share operands in L2.
+template <int kSplits>
 __device__ __forceinline__ Tile tile_at(const Tiling& t, int index) {
-    const int group_tiles = kGroupTiles * t.tiles_rows;
-    const int first = index / group_tiles * kGroupTiles;
-    const int height = min(kGroupTiles, t.tiles_tokens - first), in_group = index % group_tiles;
-    return {first + in_group % height, in_group / height};
+    const int group_tiles = kGroupTiles * t.tiles_rows, tile = index / kSplits, part = index % kSplits;
+    const int group = tile / group_tiles * kGroupTiles;
+    const int height = min(kGroupTiles, t.tiles_tokens - group), in_group = tile % group_tiles;
+    const int first = t.steps * part / kSplits;
+    return {group + in_group % height, in_group / height, part, first, t.steps * (part + 1) / kSplits - first};
 }
 
 // Position in a ring of kSize slots.
@@ -73,47 +57,50 @@ struct Cursor {
     }
 };
 
-template <typename Layout>
+template <typename Shape>
 struct Shared {
     uint32_t ring, buffers;  // addresses
     uint32_t full, empty;    // of the ring's stages
     uint32_t ready, staged;  // of the staging buffers: may be filled, are filled
     __device__ __forceinline__ static Shared at(uint32_t base) {
-        const uint32_t barriers = base + Layout::kBytes;
-        const uint32_t of_buffers = barriers + 2 * 8 * Layout::kStages;
-        return {base,       base + Layout::kRingBytes,
-                barriers,   barriers + 8 * Layout::kStages,
-                of_buffers, of_buffers + 8 * kMathGroups * Layout::kBuffers};
+        const uint32_t barriers = base + Shape::kBytes;
+        const uint32_t of_buffers = barriers + 2 * 8 * Shape::kStages;
+        return {base,       base + Shape::kRingBytes,
+                barriers,   barriers + 8 * Shape::kStages,
+                of_buffers, of_buffers + 8 * kMathGroups * Shape::kBuffers};
     }
 };
 
-template <Epilogue kEpilogue>
-constexpr int kBoxes = kEpilogue == Epilogue::kSwiglu ? 2 : 4;  // of a warpgroup's part of a tile
-
 // Weights are constants: as many as the ring holds are asked for before the previous kernel has ended.
-template <typename Layout>
-__device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared<Layout>& s, int rank) {
+template <typename Shape>
+__device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared<Shape>& s, int rank) {
+    constexpr int kWeightBoxes = weight_boxes(Shape::kSplits);
+    constexpr int kBoxBytes = Shape::kWeightBoxRows * kStageColumns * 2;
     const auto load_weight = [&](int slot, int step, const Tile& tile) {
-        const uint32_t full = s.full + 8 * slot, weight = s.ring + slot * kStageBytes + kXBytes;
-        common::mbarrier_expect(full, kStageBytes);
-        copy_box_to_blocks(weight + rank * (kWeightBytes / kCluster), &maps.weight, full, step * kStageColumns,
-                           tile.row * kTileRows + rank * (kTileRows / kCluster), (1 << kCluster) - 1);
+        const uint32_t full = s.full + 8 * slot, weight = s.ring + slot * Shape::kStageBytes + kXBytes;
+        common::mbarrier_expect(full, Shape::kStageBytes);
+#pragma unroll
+        for (int i = 0; i < kWeightBoxes; i += kCluster) {
+            const int to = i + rank, from = (to + tile.part) % kWeightBoxes;  // first what this part finishes
+            copy_box_to_blocks(weight + to * kBoxBytes, &maps.weight, full, (tile.first + step) * kStageColumns,
+                               tile.row * Shape::kRows + from * Shape::kWeightBoxRows, (1 << kCluster) - 1);
+        }
     };
     const auto load_x = [&](int slot, int step, const Tile& tile) {
-        copy_box(s.ring + slot * kStageBytes, &maps.x, s.full + 8 * slot, step * kStageColumns,
+        copy_box(s.ring + slot * Shape::kStageBytes, &maps.x, s.full + 8 * slot, (tile.first + step) * kStageColumns,
                  (tile.token * kCluster + rank) * kTileTokens);
     };
-    const Tile first = tile_at(t, blockIdx.x / kCluster);
-    const int ahead = min(Layout::kStages, t.steps);
+    const Tile first = tile_at<Shape::kSplits>(t, blockIdx.x / kCluster);
+    const int ahead = min(Shape::kStages, first.steps);
     for (int step = 0; step < ahead; ++step) load_weight(step, step, first);
     common::wait_for_previous_kernel();
     common::allow_next_kernel();
-    Cursor<Layout::kStages> at;
+    Cursor<Shape::kStages> at;
     for (int step = 0; step < ahead; ++step, at.advance()) load_x(step, step, first);
     int step = ahead;
-    for (int index = blockIdx.x / kCluster; index < t.tiles_tokens * t.tiles_rows; index += gridDim.x / kCluster) {
-        const Tile tile = tile_at(t, index);
-        for (; step < t.steps; ++step, at.advance()) {
+    for (int index = blockIdx.x / kCluster; index < t.parts; index += gridDim.x / kCluster) {
+        const Tile tile = tile_at<Shape::kSplits>(t, index);
+        for (; step < tile.steps; ++step, at.advance()) {
             common::mbarrier_wait(s.empty + 8 * at.slot, at.parity ^ 1);
             load_weight(at.slot, step, tile);
             load_x(at.slot, step, tile);
@@ -122,32 +109,41 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
     }
 }
 
+// The first column of box `box` among those that a part finishes. Where boxes do not divide them, the last box starts
+// in the one before, and writes some columns once more with the same values.
+template <typename Shape>
+__device__ __forceinline__ constexpr int box_column(int box) {
+    const int column = box * kBoxColumns, last = Shape::kColumns - kBoxColumns;
+    return column < last ? column : last;
+}
+
 // Where the boxes of one warpgroup's output lie, in order.
-template <Epilogue kEpilogue>
+template <typename Shape>
 struct BoxWalk {
     const Tiling& t;
     int rank, group;
     int index = blockIdx.x / kCluster, box = 0;
-    __device__ __forceinline__ bool done() const { return index >= t.tiles_tokens * t.tiles_rows; }
+    __device__ __forceinline__ bool done() const { return index >= t.parts; }
     __device__ __forceinline__ int token() const {
-        return (tile_at(t, index).token * kCluster + rank) * kTileTokens + group * kGroupTokens;
+        return (tile_at<Shape::kSplits>(t, index).token * kCluster + rank) * kTileTokens + group * kGroupTokens;
     }
     __device__ __forceinline__ int column() const {
-        return (tile_at(t, index).row * kBoxes<kEpilogue> + box) * kBoxColumns;
+        const Tile tile = tile_at<Shape::kSplits>(t, index);
+        return (tile.row * Shape::kSplits + tile.part) * Shape::kColumns + box_column<Shape>(box);
     }
     __device__ __forceinline__ void advance() {
-        if (++box == kBoxes<kEpilogue>) box = 0, index += gridDim.x / kCluster;
+        if (++box == Shape::kBoxes) box = 0, index += gridDim.x / kCluster;
     }
 };
 
-template <typename Layout, Epilogue kEpilogue>
-__device__ void store_tiles(const TensorMaps& maps, const Tiling& t, const Shared<Layout>& s, int rank, int group) {
+template <typename Shape>
+__device__ void store_tiles(const TensorMaps& maps, const Tiling& t, const Shared<Shape>& s, int rank, int group) {
     common::wait_for_previous_kernel();
-    BoxWalk<kEpilogue> out{t, rank, group}, next{t, rank, group};
-    const int first = group * Layout::kBuffers;
+    BoxWalk<Shape> out{t, rank, group}, next{t, rank, group};
+    const int first = group * Shape::kBuffers;
     auto make_ready = [&](int slot) {
         const uint32_t ready = s.ready + 8 * (first + slot);
-        if (kEpilogue != Epilogue::kResidual || next.done()) {
+        if (Shape::kEpilogue != Epilogue::kResidual || next.done()) {
             common::mbarrier_arrive(ready);
         } else {
             common::mbarrier_expect(ready, kBufferBytes);
@@ -155,8 +151,8 @@ __device__ void store_tiles(const TensorMaps& maps, const Tiling& t, const Share
         }
         next.advance();
     };
-    for (int slot = 0; slot < Layout::kBuffers; ++slot) make_ready(slot);
-    Cursor<Layout::kBuffers> at;
+    for (int slot = 0; slot < Shape::kBuffers; ++slot) make_ready(slot);
+    Cursor<Shape::kBuffers> at;
     for (; !out.done(); out.advance(), at.advance()) {
         common::mbarrier_wait(s.staged + 8 * (first + at.slot), at.parity);
         store_box(&maps.out, s.buffers + (first + at.slot) * kBufferBytes, out.column(), out.token());
@@ -171,11 +167,11 @@ __device__ __forceinline__ float silu(float x) {
 }
 
 // Two columns of out from two columns of the accumulators, which are those of `low` and `low + 1`.
-template <typename T, Epilogue kEpilogue>
-__device__ __forceinline__ uint32_t finish(const float (&d)[kFragment], int low, uint32_t residual) {
-    if constexpr (kEpilogue == Epilogue::kSwiglu) {
+template <typename T, typename Shape>
+__device__ __forceinline__ uint32_t finish(const float (&d)[Shape::kFragment], int low, uint32_t residual) {
+    if constexpr (Shape::kEpilogue == Epilogue::kSwiglu) {
         return common::Pack<T>::from_floats(silu(d[low]) * d[low + 4], silu(d[low + 1]) * d[low + 5]);
-    } else if constexpr (kEpilogue == Epilogue::kResidual) {
+    } else if constexpr (Shape::kEpilogue == Epilogue::kResidual) {
         const float2 added = common::Pack<T>::to_floats(residual);
         return common::Pack<T>::from_floats(d[low] + added.x, d[low + 1] + added.y);
     } else {
@@ -184,24 +180,25 @@ __device__ __forceinline__ uint32_t finish(const float (&d)[kFragment], int low,
 }
 
 // A warpgroup's accumulators to its staging buffers, in the order of BoxWalk.
-template <typename T, typename Layout, Epilogue kEpilogue>
-__device__ __forceinline__ void stage_tile(const float (&d)[kFragment], const Shared<Layout>& s, int group,
-                                           Cursor<Layout::kBuffers>& at) {
+template <typename T, typename Shape>
+__device__ __forceinline__ void stage_tile(const float (&d)[Shape::kFragment], const Shared<Shape>& s, int group,
+                                           Cursor<Shape::kBuffers>& at) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    constexpr int kApart = kEpilogue == Epilogue::kSwiglu ? 8 : 4;  // accumulators from one 8 columns to the next
+    constexpr int kApart =
+        Shape::kEpilogue == Epilogue::kSwiglu ? 8 : 4;  // accumulators from one 8 columns to the next
 #pragma unroll
-    for (int box = 0; box < kBoxes<kEpilogue>; ++box, at.advance()) {
-        const int buffer = group * Layout::kBuffers + at.slot;
+    for (int box = 0; box < Shape::kBoxes; ++box, at.advance()) {
+        const int buffer = group * Shape::kBuffers + at.slot;
         const uint32_t row = s.buffers + buffer * kBufferBytes + (warp * 16 + lane % 16) * (kBoxColumns * 2);
         common::mbarrier_wait(s.ready + 8 * buffer, at.parity);
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {  // of 8 columns: matrices (rows 0 to 7, rows 8 to 15) of each
             const uint32_t address = row + (((2 * pair + lane / 16) ^ (lane % 8)) * 16);
+            const int unit = box_column<Shape>(box) / 8 + 2 * pair;
             uint32_t words[4] = {};
-            if constexpr (kEpilogue == Epilogue::kResidual) common::ldmatrix_x4(words, address);
+            if constexpr (Shape::kEpilogue == Epilogue::kResidual) common::ldmatrix_x4(words, address);
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                words[i] = finish<T, kEpilogue>(d, (8 * box + 2 * pair + i / 2) * kApart + i % 2 * 2, words[i]);
+            for (int i = 0; i < 4; ++i) words[i] = finish<T, Shape>(d, (unit + i / 2) * kApart + i % 2 * 2, words[i]);
             stmatrix_x4(address, words);
         }
         common::fence_async_proxy();
@@ -209,27 +206,29 @@ __device__ __forceinline__ void stage_tile(const float (&d)[kFragment], const Sh
     }
 }
 
-template <typename T, typename Layout, Epilogue kEpilogue>
-__device__ void multiply_tiles(const Tiling& t, const Shared<Layout>& s, int group) {
+template <typename T, typename Shape>
+__device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const Shared<Shape>& s, int group) {
     const int lane = threadIdx.x % 32;
-    Cursor<Layout::kStages> at;
-    Cursor<Layout::kBuffers> buffer;
-    const bool takes_turns = t.steps >= kMinLeadSteps;
+    static_assert(Shape::kStages < kMinLeadSteps);
+    Cursor<Shape::kStages> at;
+    Cursor<Shape::kBuffers> buffer;
+    const bool takes_turns = Shape::kSplits == 1 && t.steps >= kMinLeadSteps;
     auto release = [&](int slot) {
         if (lane < kCluster) arrive_in_block(s.empty + 8 * slot, lane);
     };
-    for (int index = blockIdx.x / kCluster; index < t.tiles_tokens * t.tiles_rows; index += gridDim.x / kCluster) {
-        float d[kFragment];
+    for (int index = blockIdx.x / kCluster; index < t.parts; index += gridDim.x / kCluster) {
+        const Tile tile = tile_at<Shape::kSplits>(t, index);
+        float d[Shape::kFragment];
         int before = 0;
         if (takes_turns && group == 1) common::named_sync(1, kMathGroups * 128);
-        for (int step = 0; step < t.steps; ++step, at.advance()) {
+        for (int step = 0; step < tile.steps; ++step, at.advance()) {
             common::mbarrier_wait(s.full + 8 * at.slot, at.parity);
-            const uint32_t stage = s.ring + at.slot * kStageBytes;
+            const uint32_t stage = s.ring + at.slot * Shape::kStageBytes;
             const uint64_t x = operand(stage + group * (kXBytes / kMathGroups)), weight = operand(stage + kXBytes);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kStageColumns / 16; ++k)  // 32 bytes further along the rows
-                wgmma<T>(d, x + 2 * k, weight + 2 * k, step + k);
+                wgmma<T, Shape::kRows>(d, x + 2 * k, weight + 2 * k, step + k);
             wgmma_commit();
             wgmma_wait<1>();
             if (step > 0) release(before);
@@ -238,22 +237,24 @@ __device__ void multiply_tiles(const Tiling& t, const Shared<Layout>& s, int gro
         }
         wgmma_wait<0>();
         release(before);
-        stage_tile<T, Layout, kEpilogue>(d, s, group, buffer);
+        if constexpr (Shape::kSplits > 1) exchange_sums<Shape>(d, exchange, tile.part);
+        stage_tile<T, Shape>(d, s, group, buffer);
     }
 }
 
-template <typename T, typename Layout, Epilogue kEpilogue>
-__global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant__ TensorMaps maps, Tiling tiling) {
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(kThreads, 1)
+    gemm_kernel(const __grid_constant__ TensorMaps maps, Tiling tiling, Exchange exchange) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ uint8_t shared_memory[];
-    const auto s = Shared<Layout>::at((common::shared_address(shared_memory) + 1023) / 1024 * 1024);
+    const auto s = Shared<Shape>::at((common::shared_address(shared_memory) + 1023) / 1024 * 1024);
     const int rank = common::cluster_rank();
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Layout::kStages; ++i) {
+        for (int i = 0; i < Shape::kStages; ++i) {
             common::mbarrier_init(s.full + 8 * i, 1);
-            common::mbarrier_init(s.empty + 8 * i, kMathGroups * 4 * kCluster);  // each warp that reads it
+            common::mbarrier_init(s.empty + 8 * i, kMathWarps * kCluster);  // each warp that reads it
         }
-        for (int i = 0; i < kMathGroups * Layout::kBuffers; ++i) {
+        for (int i = 0; i < kMathGroups * Shape::kBuffers; ++i) {
             common::mbarrier_init(s.ready + 8 * i, 1);
             common::mbarrier_init(s.staged + 8 * i, 128);
         }
@@ -264,14 +265,14 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
 
     if (threadIdx.x >= kMathGroups * 128) {
         lower_registers<kMoveRegisters>();
-        const int warp = threadIdx.x / 32 - kMathGroups * 4;
+        const int warp = threadIdx.x / 32 - kMathWarps;
         if (threadIdx.x % 32 == 0) {
-            if (warp == 0) load_tiles<Layout>(maps, tiling, s, rank);
-            if (warp == 1 || warp == 2) store_tiles<Layout, kEpilogue>(maps, tiling, s, rank, warp - 1);
+            if (warp == 0) load_tiles<Shape>(maps, tiling, s, rank);
+            if (warp == 1 || warp == 2) store_tiles<Shape>(maps, tiling, s, rank, warp - 1);
         }
     } else {
         raise_registers<kMathRegisters>();
-        multiply_tiles<T, Layout, kEpilogue>(tiling, s, threadIdx.x / 128);
+        multiply_tiles<T, Shape>(tiling, exchange, s, threadIdx.x / 128);
     }
     __syncwarp();
     common::cluster_arrive();

@@ -19,7 +19,7 @@ from llama3.ops.skinny_linear import NARROW
 
 TOKEN_COUNTS = (32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
 MIN_TOKENS, MAX_TOKENS = 17, TOKEN_COUNTS[-1]  # up to 16, csrc/skinny_linear/ is faster
-# With more tokens than this cuBLASLt is faster on GPUs of fast memory, and a tile has 128 rows at most.
+# With more tokens than this cuBLASLt is faster on GPUs of fast memory, and SwiGLU's tiles have 128 rows at most.
 FAST_MEMORY_TOKENS = MAX_TALL_TOKENS = 64
 TILE_ROWS, UNIT_ROWS = 128, 16
 MIN_TILE_ROWS, MAX_TILE_ROWS = 64, 256
@@ -109,7 +109,7 @@ def choose_plan(form: int, num_tokens: int, num_rows: int, size: int, num_sms: i
 
 
 def _one_round(form: int, tokens: int, num_rows: int, possible: list[int]) -> Plan:
-    heights = {splits: one_round_rows(num_rows, tokens, splits) for splits in possible}
+    heights = {splits: one_round_rows(form, num_rows, tokens, splits) for splits in possible}
     blocks = {splits: -(-num_rows // rows) * splits for splits, rows in heights.items()}
     most = CLUSTERS_AT_ONCE[1]
     splits = next((s for s in possible if FULL * most <= blocks[s] <= most), None)
@@ -120,14 +120,15 @@ def _one_round(form: int, tokens: int, num_rows: int, possible: list[int]) -> Pl
     return Plan(splits, ONE_ROUND_BYTES[form], 0, heights[splits], ahead)
 
 
-def one_round_rows(num_rows: int, num_tokens: int, splits: int) -> int:
+def one_round_rows(form: int, num_rows: int, num_tokens: int, splits: int) -> int:
     """Rows of a tile with which an H200 makes all tiles at once, or the nearest that a tile can have."""
     units = -(-num_rows // CLUSTERS_AT_ONCE[splits] // UNIT_ROWS)
-    return min(max(units * UNIT_ROWS, MIN_TILE_ROWS), max_tile_rows(num_tokens))
+    return min(max(units * UNIT_ROWS, MIN_TILE_ROWS), max_tile_rows(form, num_tokens))
 
 
-def max_tile_rows(num_tokens: int) -> int:
-    return MAX_TILE_ROWS if padded(num_tokens) <= MAX_TALL_TOKENS else TILE_ROWS
+def max_tile_rows(form: int, num_tokens: int) -> int:
+    """Only SwiGLU's products have so many rows that taller tiles than TILE_ROWS pay."""
+    return MAX_TILE_ROWS if form == NORM_SWIGLU and padded(num_tokens) <= MAX_TALL_TOKENS else TILE_ROWS
 
 
 def padded(num_tokens: int) -> int:

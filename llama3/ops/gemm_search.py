@@ -15,6 +15,7 @@ import torch
 from llama3.device import is_hopper
 from llama3.ops import cublaslt, gemm
 from llama3.ops.cublaslt import Product
+from llama3.ops.gemm import Plan
 
 MAX_TOKENS = 1024  # beyond it the first choice is the best, or close
 CANDIDATES = 8
@@ -23,16 +24,16 @@ FIRST_REPEATS, REPEATS = 3, 9
 ROTATED_BYTES = 128 << 20  # more than any L2: weights come from memory in a decode step
 MAX_COPIES = 64
 MIN_RUNS = 8  # of a product in a graph
-OWN_VERSION = 1  # of our kernels: another one makes what was measured before obsolete
-OWN = "csrc/gemm"
+OWN_VERSION = 2  # of our kernels: another one makes what was measured before obsolete
+OWN, APART = "csrc/gemm", "apart"  # how they are remembered
 
-Algorithm = bytes | str  # cuBLASLt's, opaque, or OWN
+Algorithm = bytes | Plan  # cuBLASLt's, opaque, or our kernel's
 Way = Callable[[torch.Tensor], object]  # to run something with this weight
 
 _decode_batches: set[int] = set()
 _first: dict[Product, bytes] = {}
 _measured: dict[tuple[Product, bool, bool], Algorithm] = {}
-_fused: dict[Product, bool] = {}
+_fused: dict[Product, Plan | None] = {}
 
 
 def expect_decode(batch_size: int) -> None:
@@ -61,33 +62,41 @@ def algorithm_for(
             _first[product] = product.algorithms(1)[0]
         return _first[product]
     key = _key(product) + (", added" if residual is not None else "") + ("" if allow_own else ", cuBLASLt only")
-    known = _read_cache().get(key)
-    if known is None:
+    algorithm = _parse(_read_cache().get(key), _epilogue(residual))
+    if algorithm is None:
         algorithm = measure(product, x, weight, residual, out, allow_own)
-        _write_cache({**_read_cache(), key: algorithm.hex() if isinstance(algorithm, bytes) else algorithm})
-    else:
-        algorithm = known if known == OWN else bytes.fromhex(known)
+        _write_cache({**_read_cache(), key: _name(algorithm)})
     _measured[memo] = algorithm
     return algorithm
 
 
-def swiglu_is_fused(x: torch.Tensor, gate_up: torch.Tensor, apart: Way) -> bool:
-    """Whether gemm.swiglu is faster than `apart`, a product and SwiGLU one after the other: measured as above, or by
-    what is known of large batches."""
+def swiglu_plan(x: torch.Tensor, gate_up: torch.Tensor, apart: Way) -> Plan | None:
+    """The plan with which gemm.swiglu is faster than `apart`, a product and SwiGLU one after the other, or None:
+    measured as above, or by what is known of large batches."""
     num_tokens, num_rows, size = x.shape[0], *gate_up.shape
-    if not is_hopper(x.device) or num_rows % 16 or size % 8:
-        return False
+    if not is_hopper(x.device) or x.dtype not in gemm.DTYPES or num_rows % 16 or size % 8:
+        return None
     product = Product(num_tokens, num_rows, size, x.dtype, x.device)
     if product not in _fused:
         if num_tokens <= gemm.BLOCK_TOKENS or not _may_search(num_tokens):
-            return gemm.suits(x.device, num_tokens, num_rows, size)
-        key = f"{_key(product)}, SwiGLU"
-        known = _read_cache().get(key)
-        if known is None:
-            known = ("fused", "apart")[fastest([lambda weight: gemm.swiglu(x, weight), apart], gate_up)]
-            _write_cache({**_read_cache(), key: known})
-        _fused[product] = known == "fused"
+            if not gemm.suits(x.device, num_tokens, num_rows, size):
+                return None
+            return gemm.default_plan(gemm.SWIGLU, x.dtype, num_tokens, num_rows, gemm.clusters_at_once(x.device))
+        _fused[product] = _fastest_swiglu(f"{_key(product)}, SwiGLU", x, gate_up, apart)
     return _fused[product]
+
+
+def _fastest_swiglu(key: str, x: torch.Tensor, gate_up: torch.Tensor, apart: Way) -> Plan | None:
+    def fused(plan: Plan) -> Way:
+        return lambda weight: gemm.swiglu(x, weight, plan)
+
+    plans = {_name(plan): plan for plan in gemm.compiled(gemm.SWIGLU, x.dtype)}
+    known = _read_cache().get(key, "")
+    if known != APART and known not in plans:
+        ways = {APART: apart} | {name: fused(plan) for name, plan in plans.items()}
+        known = list(ways)[fastest(list(ways.values()), gate_up)]
+        _write_cache({**_read_cache(), key: known})
+    return plans.get(known)
 
 
 def _may_search(num_tokens: int) -> bool:
@@ -106,7 +115,7 @@ def run(
     if isinstance(algorithm, bytes):
         product.run(x, weight, residual, out, algorithm)
     else:
-        gemm.product(x, weight, residual, out)
+        gemm.product(x, weight, residual, out, algorithm)
 
 
 def measure(
@@ -119,12 +128,8 @@ def measure(
 ) -> Algorithm:
     """The fastest of the library's candidates and our kernels. Waits for the GPU."""
     candidates: list[Algorithm] = list(product.algorithms(CANDIDATES))
-    if (
-        allow_own
-        and product.dtype in gemm.DTYPES
-        and gemm.suits(product.device, product.num_tokens, product.num_rows, product.size)
-    ):
-        candidates.append(OWN)
+    if allow_own:
+        candidates += gemm.plans_for(_epilogue(residual), x, weight)
 
     def way(candidate: Algorithm) -> Way:
         return lambda weight: run(product, candidate, x, weight, residual, out)
@@ -191,6 +196,27 @@ def _key(product: Product) -> str:
     name = torch.cuda.get_device_name(product.device)
     shape = f"{product.num_tokens}x{product.num_rows}x{product.size} {str(product.dtype).removeprefix('torch.')}"
     return f"{name}, cuBLASLt {cublaslt.version()}, own {OWN_VERSION}: {shape}"
+
+
+def _epilogue(residual: torch.Tensor | None) -> int:
+    return gemm.PLAIN if residual is None else gemm.RESIDUAL
+
+
+def _name(algorithm: Algorithm) -> str:
+    return algorithm.hex() if isinstance(algorithm, bytes) else f"{OWN} {algorithm.rows}x{algorithm.splits}"
+
+
+def _parse(name: object, epilogue: int) -> Algorithm | None:
+    """What _name has named; None, and so measured anew, if it is nothing that we can run."""
+    if not isinstance(name, str):
+        return None
+    if name.startswith(OWN):
+        return next((plan for plan in gemm.PLANS[epilogue] if _name(plan) == name), None)
+    try:
+        algorithm = bytes.fromhex(name)
+    except ValueError:
+        return None
+    return algorithm if len(algorithm) == cublaslt.ALGORITHM_BYTES else None
 
 
 def _read_cache() -> dict[str, str]:

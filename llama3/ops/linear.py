@@ -36,9 +36,8 @@ def norm_swiglu(x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tenso
     def apart(weight: torch.Tensor) -> torch.Tensor:
         return elementwise.silu_mul(product(normed, weight))
 
-    if gate_up.dim() == 2 and gemm_search.swiglu_is_fused(normed, gate_up, apart):
-        return gemm.swiglu(normed, gate_up)
-    return apart(gate_up)
+    plan = gemm_search.swiglu_plan(normed, gate_up, apart) if gate_up.dim() == 2 else None
+    return apart(gate_up) if plan is None else gemm.swiglu(normed, gate_up, plan)
 
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,72 @@
+// What the host tells the kernels, and every constant that host and device must agree on.
+#pragma once
+#include <cuda.h>
+
+#include "gemm/gemm.h"
+
+namespace gemm {
+
+constexpr int kCluster = 2;  // blocks
+constexpr int kTileTokens = 128, kStageColumns = 64;
+constexpr int kMathGroups = 2, kGroupTokens = kTileTokens / kMathGroups;
+constexpr int kThreads = (kMathGroups + 1) * 128;
+constexpr int kXBytes = kTileTokens * kStageColumns * 2;
+constexpr int kBoxColumns = 64;  // of a staging buffer: 64 tokens by 64 columns of out
+constexpr int kBufferBytes = kGroupTokens * kBoxColumns * 2;
+constexpr int kBehindBytes = 1024 + 256;  // alignment, barriers
+constexpr int kMostBytes = 227 << 10;     // of shared memory
+
+// Boxes of weight that make up a tile: as many as blocks bring them, or as parts of the inner dimension finish them.
+constexpr int weight_boxes(int splits) {
+    return splits > kCluster ? splits : kCluster;
+}
+
+// What a kernel is compiled for, and how it shares out shared memory.
+template <Epilogue kEpilogue_, int kRows_, int kSplits_>
+struct Shape {
+    static constexpr Epilogue kEpilogue = kEpilogue_;
+    static constexpr int kRows = kRows_, kSplits = kSplits_;  // of weight in a tile; parts of the inner dimension
+    static constexpr int kFragment = kRows / 2;               // accumulators of a thread
+    static constexpr int kColumns = kRows / (kEpilogue == Epilogue::kSwiglu ? 2 : kSplits);  // of out, a part's
+    static constexpr int kBoxes = (kColumns + kBoxColumns - 1) / kBoxColumns;                // of a warpgroup's columns
+    // With a residual, buffers for all of them hide the way there and back.
+    static constexpr int kBuffers = kEpilogue == Epilogue::kResidual || kBoxes < 2 ? kBoxes : 2;
+    static constexpr int kWeightBoxRows = kRows / weight_boxes(kSplits);
+    static constexpr int kStageBytes = kXBytes + kRows * kStageColumns * 2;
+    static constexpr int kStages = (kMostBytes - kBehindBytes - kMathGroups * kBuffers * kBufferBytes) / kStageBytes;
+    static constexpr int kRingBytes = kStages * kStageBytes;
+    static constexpr int kBytes = kRingBytes + kMathGroups * kBuffers * kBufferBytes;
+    static constexpr int kSharedBytes = kBytes + kBehindBytes;
+    static_assert(kWeightBoxRows % 8 == 0, "the swizzle repeats after 1024 bytes, 8 rows");
+    static_assert(kColumns >= kBoxColumns && kColumns % 16 == 0);
+    static_assert(kEpilogue != Epilogue::kResidual || kColumns % kBoxColumns == 0, "its boxes must not overlap");
+    static_assert(kEpilogue != Epilogue::kSwiglu || kSplits == 1);
+    static_assert(8 * 2 * (kStages + kMathGroups * kBuffers) <= 256, "room for the barriers");
+};
+
+struct TensorMaps {
+    CUtensorMap x, weight, residual, out;  // boxes of 128, kWeightBoxRows, 64 and 64 rows by 64 columns
+};
+
+struct Tiling {
+    int tiles_tokens, tiles_rows;  // in tiles of a cluster
+    int steps;                     // of kStageColumns along the inner dimension
+    int parts;                     // of all tiles: what the clusters share out
+};
+
+// Where the parts of a tile leave sums for each other: a counter for each warp of each block, then the sums.
+struct Exchange {
+    unsigned* counters;
+    float4* sums;
+};
+
+constexpr int kMathWarps = kMathGroups * 4;
+constexpr int kMostClusters = 256;  // of a product in parts
+constexpr int kCounterBytes = kMostClusters * kCluster * kMathWarps * 4;
+
+// Of the sums that one cluster gets.
+constexpr int exchange_bytes(int rows, int splits) {
+    return (splits - 1) * (rows / splits) * kCluster * kTileTokens * 4;
+}
+
+}  // namespace gemm
