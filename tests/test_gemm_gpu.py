@@ -159,6 +159,7 @@ def test_products_in_parts_follow_one_another_in_a_graph() -> None:
     plans = [gemm.Plan(128, 2), gemm.Plan(256, 4), gemm.Plan(256, 2)] * 4
     weights = [normal(4096, 4096, dtype=torch.bfloat16, scale=4096**-0.5) for _ in range(3)]
     wide = normal(6144, 4096, dtype=torch.bfloat16, scale=4096**-0.5)
+    narrow = normal(4096, 6144, dtype=torch.bfloat16, scale=6144**-0.5)
     start = normal(256, 4096, dtype=torch.bfloat16, scale=0.1)
     hidden = torch.empty(len(plans) + 1, 256, 4096, dtype=torch.bfloat16, device="cuda")
     qkv = torch.empty(len(plans), 256, 6144, dtype=torch.bfloat16, device="cuda")
@@ -170,7 +171,7 @@ def test_products_in_parts_follow_one_another_in_a_graph() -> None:
             after_each()
             gemm.product(hidden[i + 1], wide, out=qkv[i], plan=gemm.Plan(192, 2))
             after_each()
-            gemm.product(qkv[i, :, :4096].reshape(256, 4096), weights[0], hidden[i + 1], hidden[i + 1], plan)
+            gemm.product(qkv[i], narrow, hidden[i + 1], hidden[i + 1], plan)
             after_each()
             gemm.swiglu(hidden[i + 1], wide)  # not in parts
             gemm.product(hidden[i + 1].clone(), weights[1], hidden[i + 1], hidden[i + 1], gemm.WHOLE)
