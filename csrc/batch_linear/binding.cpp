@@ -23,15 +23,12 @@ PYBIND11_MODULE(batch_linear, module) {
         "product",
         [](uintptr_t x, uintptr_t weight, uintptr_t norm, uintptr_t residual, uintptr_t out, int num_tokens,
            int num_rows, int size, float eps, int form, int splits, int trigger, int shared_bytes, int tile_rows,
-           int ahead, uintptr_t next_weight, int next_rows, int next_size, int next_splits, int next_tile_rows,
-           int next_bytes, bool overlap, uintptr_t stream) {
+           int ahead, bool overlap, uintptr_t stream) {
             launch({pointer(x), pointer(weight), pointer(norm), pointer(residual), pointer(out), num_tokens, num_rows,
                     size, eps, static_cast<Form>(form)},
-                   {splits, trigger, shared_bytes, tile_rows, ahead},
-                   {pointer(next_weight), next_rows, next_size, next_splits, next_tile_rows, next_bytes}, overlap,
+                   {splits, trigger, shared_bytes, tile_rows, ahead}, overlap,
                    static_cast<cudaStream_t>(pointer(stream)));
         },
         "x"_a, "weight"_a, "norm"_a, "residual"_a, "out"_a, "num_tokens"_a, "num_rows"_a, "size"_a, "eps"_a, "form"_a,
-        "splits"_a, "trigger"_a, "shared_bytes"_a, "tile_rows"_a, "ahead"_a, "next_weight"_a = 0, "next_rows"_a = 0,
-        "next_size"_a = 0, "next_splits"_a = 0, "next_tile_rows"_a = 0, "next_bytes"_a = 0, "overlap"_a, "stream"_a);
+        "splits"_a, "trigger"_a, "shared_bytes"_a, "tile_rows"_a, "ahead"_a, "overlap"_a, "stream"_a);
 }

@@ -83,29 +83,6 @@ struct Producer {
             if (b.steps - step - 1 == p.trigger) common::allow_next_kernel();
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
-        send_upcoming(stage, phase);
-    }
-    // While the ring runs empty and until the next kernel fills its own, memory would rest. What that one asks for
-    // first goes to L2 meanwhile, as fast as stages are done with: sooner, and it would delay this kernel's last
-    // weights. By ordinary prefetches: a block may have to stay until its bulk copies have ended, those to L2 as well.
-    // A lane asks for a sector of 32 bytes, four of them for a row of a box.
-    __device__ __forceinline__ void send_upcoming(int stage, uint32_t phase) {
-        const Upcoming& u = p.upcoming;
-        if (int(blockIdx.x) >= u.blocks) return;
-        const int lane = threadIdx.x % 32, row = blockIdx.x / u.splits * u.tile_rows;
-        const int rows = min(u.tile_rows, u.num_rows - row);
-        const auto* box = static_cast<const char*>(u.weight) + int64_t(row) * u.steps * 128 +
-                          first_of(u.steps, blockIdx.x % u.splits, u.splits) * 128;
-        const int releases = min(p.stages, b.steps) - 1;
-#pragma unroll 1
-        for (int step = 0; step < u.stages; ++step) {
-            if (step < releases) common::mbarrier_wait(b.empty(stage), phase);
-#pragma unroll 4
-            for (int i = lane / 4; i < rows; i += 8)
-                asm volatile(
-                    "prefetch.global.L2 [%0];" ::"l"(box + int64_t(i) * u.steps * 128 + step * 128 + lane % 4 * 32));
-            if (++stage == p.stages) stage = 0, phase ^= 1;
-        }
     }
 };
 

@@ -48,26 +48,6 @@ void check(const Problem& q, const Plan& plan) {
                 std::string(operand.name) + " must be 16-byte aligned");
 }
 
-void check(const Next& next) {
-    if (!next.weight) return;
-    require(reinterpret_cast<uintptr_t>(next.weight) % 128 == 0, "the next weight must be 128-byte aligned");
-    require(next.size >= kStageColumns && next.size % kStageColumns == 0 && next.num_rows >= 1,
-            "the next weight has " + std::to_string(next.num_rows) + " rows of " + std::to_string(next.size) +
-                "; expected a multiple of " + std::to_string(kStageColumns));
-    require(next.splits >= 1 && next.tile_rows >= 1, "the next product has no tiles");
-}
-
-Upcoming describe(const Next& next) {
-    const int steps = next.size / kStageColumns, stages = next.bytes / (next.tile_rows * kStageColumns * 2);
-    return {next.weight,
-            next.num_rows,
-            steps,
-            divide_up(next.num_rows, next.tile_rows) * next.splits,
-            next.splits,
-            next.tile_rows,
-            std::min(stages, steps / next.splits)};
-}
-
 // A row-major bf16 matrix, copied in boxes of `box_rows` by 64 columns; zeros beyond its edges.
 CUtensorMap matrix_map(const void* matrix, int rows, int columns, int box_rows) {
     const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {cuuint64_t(columns) * 2};
@@ -94,9 +74,8 @@ const void* select_kernel(Form form, int tokens, bool tall) {
 
 }  // namespace
 
-void launch(const Problem& q, const Plan& plan, const Next& next, bool overlap, cudaStream_t stream) {
+void launch(const Problem& q, const Plan& plan, bool overlap, cudaStream_t stream) {
     check(q, plan);
-    check(next);
     const int tokens = padded_tokens(q.num_tokens);
 
     Params p{};
@@ -125,7 +104,6 @@ void launch(const Problem& q, const Plan& plan, const Next& next, bool overlap, 
     common::allow_shared_memory(kernel, common::shared_memory_limit(), true);
     CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, p.tile_rows);
     CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens);
-    if (next.weight) p.upcoming = describe(next);
 
     cudaLaunchAttribute attributes[2]{};
     attributes[0].id = cudaLaunchAttributeClusterDimension;

@@ -15,15 +15,8 @@ struct Plan {
     int splits, trigger, shared_bytes, tile_rows, ahead;
 };
 
-// The weight [num_rows, size] that the next kernel reads, and its plan; null if there is none. bytes: how much of it
-// each block sends to L2.
-struct Next {
-    const void* weight;
-    int num_rows, size, splits, tile_rows, bytes;
-};
-
 // Throws std::invalid_argument for what the kernel does not support (before any CUDA call), std::runtime_error if CUDA
 // fails. `overlap`: programmatic dependent launch.
-void launch(const Problem& problem, const Plan& plan, const Next& next, bool overlap, cudaStream_t stream);
+void launch(const Problem& problem, const Plan& plan, bool overlap, cudaStream_t stream);
 
 }  // namespace batch_linear

@@ -53,14 +53,6 @@ constexpr __host__ __device__ int owner_of(int unit, int units, int splits) {
     return ((unit + 1) * splits - 1) / units;
 }
 
-// The weight that the next kernel reads: each block of this one sends `stages` boxes of it to L2, the first that the
-// block of its number will ask for.
-struct Upcoming {
-    const void* weight;  // [num_rows, steps of kStageColumns]
-    int num_rows, steps;
-    int blocks, splits, tile_rows, stages;  // blocks: 0 if there is none
-};
-
 struct Params {
     const void *norm, *residual;  // [size] or null, [num_tokens, num_rows] or null
     void* out;                    // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]
@@ -71,7 +63,6 @@ struct Params {
     int ahead;                     // stages of weight that are asked for before the previous kernel has ended
     int trigger;                   // the next kernel may start when this many stages are left to ask for
     int norm_offset, tail_offset;  // in shared memory
-    Upcoming upcoming;
 };
 
 // Shared memory of a block. At its start lies the ring of stages, weight before x, then the norm's weights, then Tail.

@@ -141,11 +141,6 @@ def sent_bytes(tokens: int, splits: int) -> int:
     return splits * -(-TILE_ROWS // UNIT_ROWS // splits) * UNIT_ROWS * tokens * 4
 
 
-# For measuring: a weight's successor by its address, and how much of that a block brings to L2 at its end.
-successors: dict[int, torch.Tensor] = {}
-UPCOMING_BYTES = 128 << 10
-
-
 @functools.cache
 def library() -> ModuleType:
     """The compiled kernels, built on first use. Raises load_custom_kernels.KernelBuildError."""
@@ -167,17 +162,5 @@ def _product(
     out, arguments = one_kernel.arguments(op, x, weight, norm, residual, eps, out)
     gpu = one_kernel.num_sms(x.device), one_kernel.has_fast_memory(x.device)
     plan = plan or choose_plan(FORMS[op], *x.shape[:1], *weight.shape, *gpu)
-    upcoming = successors.get(weight.data_ptr())
-    if upcoming is not None and plan.shared_bytes > SHARED_BYTES:
-        # Rows and parts do not depend on the form but for SwiGLU, whose weights are the only ones with so many rows.
-        kind = NORM_SWIGLU if upcoming.shape[0] > 4 * upcoming.shape[1] else NORM_LINEAR
-        following = choose_plan(kind, *x.shape[:1], *upcoming.shape, *gpu)
-        arguments |= {
-            "next_weight": upcoming.data_ptr(),
-            "next_rows": upcoming.shape[0],
-            "next_size": upcoming.shape[1],
-        }
-        arguments |= {"next_splits": following.splits, "next_tile_rows": following.tile_rows}
-        arguments |= {"next_bytes": UPCOMING_BYTES}
     library().product(**arguments, **plan._asdict())
     return out
