@@ -30,8 +30,6 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map
         : "memory");
 }
 
-constexpr int kFirst = 2;  // stages
-
 // The warp that fills the ring: one lane of it copies. begin() asks for constants only.
 template <int kTokens>
 struct Producer {
@@ -51,20 +49,9 @@ struct Producer {
         copy_box(b.base + stage * bytes + p.tile_rows * kStageColumns * 2, x, b.full(stage),
                  (b.first_step + step) * kStageColumns, 0, common::kEvictLast);
     }
-    __device__ __forceinline__ int first() const { return min(ahead, kFirst); }
-    // The first weights are asked for before the block's other barriers exist.
     __device__ __forceinline__ void begin() {
-        if (common::elect_one()) {
-            for (int i = 0; i < kFirst; ++i) common::mbarrier_init(b.full(i), 1);
-            common::fence_barrier_init();
-        }
-        __syncwarp();
 #pragma unroll 1
-        for (int step = 0; step < first(); ++step) copy_weight(step, step);
-    }
-    __device__ __forceinline__ void go_on() {
-#pragma unroll 1
-        for (int step = first(); step < ahead; ++step) copy_weight(step, step);
+        for (int step = 0; step < ahead; ++step) copy_weight(step, step);
     }
     // The next kernel's weights should be on their way when this one's have been asked for: not before, because they
     // would only delay each other, and not after, because memory would rest.
@@ -145,7 +132,7 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
 // Two blocks an SM: this kernel's and the next one's. Tall tiles and SwiGLU come with a ring that leaves no room for
 // another of their kind.
 template <int kTokens, Form kForm, bool kTall>
-__global__ void __launch_bounds__(threads(kForm), kTokens <= 64 && !kTall ? 2 : 1)
+__global__ void __launch_bounds__(threads(kForm), kTokens <= 64 && !kTall && kForm != Form::kNormSwiGlu ? 2 : 1)
     batch_linear_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant__ CUtensorMap x,
                         const __grid_constant__ Params p) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
@@ -160,11 +147,9 @@ __global__ void __launch_bounds__(threads(kForm), kTokens <= 64 && !kTall ? 2 : 
     const int steps = first_of(p.steps, rank + 1, p.splits) - first_step;
     const Block b{shared, common::shared_address(shared), p.tail_offset, int(blockIdx.x) / p.splits, rank, first_step,
                   steps};
-    Producer<kTokens> producer{p, b, &weight, &x};
-    if (warp == kConsumerWarps) producer.begin();
     if (common::elect_one()) {  // each barrier is an instruction of some fifty cycles: every warp makes a few
         for (int i = warp; i < p.stages; i += threads(kForm) / 32) {
-            if (i >= kFirst) common::mbarrier_init(b.full(i), 1);
+            common::mbarrier_init(b.full(i), 1);
             if (has_norm(kForm)) common::mbarrier_init(b.ready(i), kNormWarps);
             common::mbarrier_init(b.empty(i), kConsumerWarps);
         }
@@ -175,8 +160,9 @@ __global__ void __launch_bounds__(threads(kForm), kTokens <= 64 && !kTall ? 2 : 
         common::fence_barrier_init();
     }
     __syncthreads();
+    Producer<kTokens> producer{p, b, &weight, &x};
     if (warp == kConsumerWarps) {
-        producer.go_on();
+        producer.begin();
         if (p.splits > 1 && common::elect_one())
             common::mbarrier_expect(b.received(), sent_bytes<kTokens, kForm>(p, b));
         __syncwarp();

@@ -15,7 +15,7 @@ constexpr int kTallRows = 2 * kShortRows;               // the most, two units a
 constexpr int kStageColumns = 64;                       // 128 bytes, the swizzle's width
 constexpr int kMaxSplits = 8;                           // blocks of a cluster, the portable limit
 constexpr int kMaxStages = 14;
-constexpr int kNormWarps = 2;  // multiply the norm's weight into x
+constexpr int kNormWarps = 4;  // multiply the norm's weight into x
 constexpr int kConsumers = kConsumerWarps * 32, kNormThreads = kNormWarps * 32;
 
 using common::Form, common::has_norm;
