@@ -238,16 +238,14 @@ def _compile(job: _Job) -> _Object:
             scratch.unlink(missing_ok=True)
             raise KernelBuildError(_compiler_message(job, result.stdout + result.stderr))
         kernels = parse_resources(result.stderr)
-        if spilling := [k["name"] for k in kernels if k["spill_bytes"]]:
-            scratch.unlink()
-            raise KernelBuildError(
-                f"{job.source.name} for sm_{number}: registers spill to memory in {', '.join(spilling)}"
-            )
-        if serialized := serialized_kernels(result.stderr):
-            scratch.unlink()
-            raise KernelBuildError(
-                f"{job.source.name} for sm_{number}: wgmma instructions run one by one in {', '.join(serialized)}"
-            )
+        complaints = {
+            "registers spill to memory": [k["name"] for k in kernels if k["spill_bytes"]],
+            "wgmma instructions run one by one": _demangle(serialized_kernels(result.stderr)),
+        }
+        for complaint, names in complaints.items():
+            if names:
+                scratch.unlink()
+                raise KernelBuildError(f"{job.source.name} for sm_{number}: {complaint} in {', '.join(names)}")
         scratch.replace(target)
         report.write_text(json.dumps(kernels))
         return _Object(target, kernels, time.perf_counter() - began)

@@ -77,9 +77,8 @@ def run(shape: str, num_tokens: int, context: int) -> dict[str, Any]:
         library = median_microseconds([decode], REPEATS)
     everywhere = mock.patch.object(batch_linear, "FAST_MEMORY_TOKENS", batch_linear.MAX_TOKENS)
     with everywhere, mock.patch.object(linear, "ONE_KERNEL", (batch_linear,)):
-        shapes = product_shapes(step.config)
         own_us = measure({})
-        found = search({name: plans_for(FORMS[name], shapes[name][0], num_tokens) for name in ORDER}, measure)
+        found = search({name: plans_for(*products[name][:2], num_tokens) for name in ORDER}, measure)
     rows = [
         {"product": name, "plan": plan._asdict(), "us": us}
         for name, times in found.items()

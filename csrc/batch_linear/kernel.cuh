@@ -46,7 +46,7 @@ struct Producer {
     }
     __device__ __forceinline__ void copy_x(int stage, int step) {
         if (!common::elect_one()) return;
-        copy_box(b.base + stage * bytes + p.tile_rows * kStageColumns * 2, x, b.full(stage),
+        copy_box(b.base + stage * bytes + row_bytes(p.tile_rows), x, b.full(stage),
                  (b.first_step + step) * kStageColumns, 0, common::kEvictLast);
     }
     __device__ __forceinline__ void begin() {
@@ -76,7 +76,7 @@ struct Producer {
 template <int kTokens, Form kForm, bool kTall>
 __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     constexpr bool kNorm = has_norm(kForm);
-    constexpr int kGroupBytes = kShortRows / 2 * kStageColumns * 2;  // of weight, for one instruction
+    constexpr int kGroupBytes = row_bytes(kShortRows / 2);  // of weight, for one instruction
     const int bytes = stage_bytes(p.tile_rows, kTokens);
     const int thread = threadIdx.x, lane = thread % 32, group = common::uniform_warp() / 4;
     common::wait_for_previous_kernel();
@@ -93,7 +93,7 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     uint32_t phase = 0;
 #pragma unroll 1
     for (int step = 0; step < b.steps; ++step) {
-        const uint32_t weight = b.base + stage * bytes, x = weight + p.tile_rows * kStageColumns * 2;
+        const uint32_t weight = b.base + stage * bytes, x = weight + row_bytes(p.tile_rows);
         common::mbarrier_wait(kNorm ? b.ready(stage) : b.full(stage), phase);
         const uint64_t rows = operand(weight + group * kGroupBytes), columns = operand(x);
         if (has_rows) {

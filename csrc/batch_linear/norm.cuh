@@ -6,8 +6,7 @@
 
 namespace batch_linear {
 
-// The warps that multiply x by the norm's weight in place, ahead of the tensor cores, and sum its squares. A thread has
-// 8 columns of every 16th token.
+// A thread has 8 columns of every kRowsApart-th token.
 template <int kTokens>
 struct Norm {
     static constexpr int kRowsApart = kNormThreads / 8, kRows = kTokens / kRowsApart;
@@ -46,7 +45,7 @@ struct Norm {
         for (int step = 0; step < b.steps; ++step) {
             const uint4 factors = b.at<uint4>(p.norm_offset)[step * kStageColumns / 8 + chunk];
             common::mbarrier_wait(b.full(stage), phase);
-            multiply(b.base + stage * stage_bytes(p.tile_rows, kTokens) + p.tile_rows * kStageColumns * 2, factors);
+            multiply(b.base + stage * stage_bytes(p.tile_rows, kTokens) + row_bytes(p.tile_rows), factors);
             common::fence_async_proxy();
             __syncwarp();
             if (thread % 32 == 0) common::mbarrier_arrive(b.ready(stage));

@@ -66,8 +66,11 @@ struct Params {
 };
 
 // Shared memory of a block. At its start lies the ring of stages, weight before x, then the norm's weights, then Tail.
+constexpr __host__ __device__ int row_bytes(int rows) {
+    return rows * kStageColumns * 2;
+}
 constexpr __host__ __device__ int stage_bytes(int tile_rows, int tokens) {
-    return (tile_rows + tokens) * kStageColumns * 2;
+    return row_bytes(tile_rows + tokens);
 }
 
 // What the blocks of a cluster send the one that finishes a unit of rows: fragments of float4 a lane, [source][own

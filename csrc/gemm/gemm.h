@@ -27,7 +27,7 @@ struct Gemm {
 // How it is computed: weight rows of a tile; in how many parts its inner dimension is split, each worked on by a
 // cluster of its own, all at the same time.
 struct Plan {
-    int rows = 256, splits = 1;
+    int rows, splits;
 };
 
 // For products in parts: aligned to 16 bytes, zeroed before its first use and left fit for the next, and never used by

@@ -1,22 +1,9 @@
 #include "gemm/instances.cuh"
 
+template <int kRows, int kSplits>
+using Of = gemm::Shape<gemm::Epilogue::kPlain, kRows, kSplits>;
+
 gemm::Kernel gemm::plain_kernel(const Plan& plan) {
-    using T = __nv_bfloat16;
-    switch (key(plan)) {
-        case key({256, 1}):
-            return instantiate<T, Epilogue::kPlain, 256>();
-        case key({192, 1}):
-            return instantiate<T, Epilogue::kPlain, 192>();
-        case key({128, 1}):
-            return instantiate<T, Epilogue::kPlain, 128>();
-        case key({256, 2}):
-            return instantiate<T, Epilogue::kPlain, 256, 2>();
-        case key({192, 2}):
-            return instantiate<T, Epilogue::kPlain, 192, 2>();
-        case key({128, 2}):
-            return instantiate<T, Epilogue::kPlain, 128, 2>();
-        case key({256, 4}):
-            return instantiate<T, Epilogue::kPlain, 256, 4>();
-    }
-    return {};
+    return select<__nv_bfloat16, Of<256, 1>, Of<192, 1>, Of<128, 1>, Of<256, 2>, Of<192, 2>, Of<128, 2>, Of<256, 4>>(
+        plan);
 }

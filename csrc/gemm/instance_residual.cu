@@ -1,20 +1,8 @@
 #include "gemm/instances.cuh"
 
+template <int kRows, int kSplits>
+using Of = gemm::Shape<gemm::Epilogue::kResidual, kRows, kSplits>;
+
 gemm::Kernel gemm::residual_kernel(const Plan& plan) {
-    using T = __nv_bfloat16;
-    switch (key(plan)) {
-        case key({256, 1}):
-            return instantiate<T, Epilogue::kResidual, 256>();
-        case key({192, 1}):
-            return instantiate<T, Epilogue::kResidual, 192>();
-        case key({128, 1}):
-            return instantiate<T, Epilogue::kResidual, 128>();
-        case key({256, 2}):
-            return instantiate<T, Epilogue::kResidual, 256, 2>();
-        case key({128, 2}):
-            return instantiate<T, Epilogue::kResidual, 128, 2>();
-        case key({256, 4}):
-            return instantiate<T, Epilogue::kResidual, 256, 4>();
-    }
-    return {};
+    return select<__nv_bfloat16, Of<256, 1>, Of<192, 1>, Of<128, 1>, Of<256, 2>, Of<128, 2>, Of<256, 4>>(plan);
 }

@@ -1,12 +1,8 @@
 #include "gemm/instances.cuh"
 
+template <int kRows, int kSplits>
+using Of = gemm::Shape<gemm::Epilogue::kSwiglu, kRows, kSplits>;
+
 gemm::Kernel gemm::swiglu_kernel(const Plan& plan) {
-    using T = __nv_bfloat16;
-    switch (key(plan)) {
-        case key({256, 1}):
-            return instantiate<T, Epilogue::kSwiglu, 256>();
-        case key({224, 1}):
-            return instantiate<T, Epilogue::kSwiglu, 224>();
-    }
-    return {};
+    return select<__nv_bfloat16, Of<256, 1>, Of<224, 1>>(plan);
 }

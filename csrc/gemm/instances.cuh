@@ -5,10 +5,17 @@
 
 namespace gemm {
 
-template <typename T, Epilogue kEpilogue, int kRows, int kSplits = 1>
-Kernel instantiate() {
-    using Shape = gemm::Shape<kEpilogue, kRows, kSplits>;
-    return {reinterpret_cast<const void*>(gemm_kernel<T, Shape>), Shape::kSharedBytes};
+// That of `Shapes` which is the plan's.
+template <typename T, typename... Shapes>
+Kernel select(const Plan& plan) {
+    Kernel found;
+    const auto consider = [&](int rows, int splits, const void* function, int shared_bytes) {
+        if (plan.rows == rows && plan.splits == splits) found = {function, shared_bytes};
+    };
+    (consider(Shapes::kRows, Shapes::kSplits, reinterpret_cast<const void*>(gemm_kernel<T, Shapes>),
+              Shapes::kSharedBytes),
+     ...);
+    return found;
 }
 
 }  // namespace gemm

@@ -14,9 +14,4 @@ Kernel residual_kernel(const Plan& plan);
 Kernel swiglu_kernel(const Plan& plan);
 Kernel half_kernel(Epilogue epilogue, const Plan& plan);  // fp16; the others are bf16
 
-// To switch on.
-constexpr int key(const Plan& plan) {
-    return plan.rows * 16 + plan.splits;
-}
-
 }  // namespace gemm

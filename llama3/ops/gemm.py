@@ -13,6 +13,7 @@ import torch
 from llama3.device import is_hopper
 from llama3.errors import UserError
 from llama3.ops.elementwise import DTYPES
+from llama3.ops.one_kernel import num_sms
 from llama3.ops.tensor_error import wrong_tensor
 
 PLAIN, RESIDUAL, SWIGLU = range(3)  # the numbers of gemm::Epilogue
@@ -48,10 +49,9 @@ def library() -> ModuleType:
     return load_custom_kernels.load("gemm")
 
 
-@functools.cache
 def clusters_at_once(device: torch.device) -> int:
     """How many pairs of multiprocessors it has, each of which works on one tile at a time."""
-    return torch.cuda.get_device_properties(device).multi_processor_count // 2
+    return num_sms(device) // 2
 
 
 def suits(device: torch.device, num_tokens: int, num_rows: int, size: int) -> bool:
