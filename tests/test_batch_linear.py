@@ -12,9 +12,11 @@ from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 from llama3.shapes import shape_config
 
 BF16 = torch.bfloat16
-GOOD = {"x": 4096, "weight": 4096, "norm": 4096, "residual": 0, "out": 4096, "num_tokens": 64, "num_rows": 64}
+GOOD = {"x": 4096, "weight": 4096, "next_norm": 0, "residual": 0, "out": 4096, "num_tokens": 64, "num_rows": 64}
+GOOD |= {"weighted": 0, "squares": 4096, "count": 8}
 GOOD |= {"size": 128, "eps": 1e-5, "form": NORM_LINEAR, "splits": 1, "trigger": 4, "shared_bytes": 106 << 10}
 GOOD |= {"tile_rows": 128, "ahead": 14, "overlap": False, "stream": 0}
+ADDING = {"form": LINEAR_ADD, "residual": 4096}
 
 
 @pytest.mark.nvcc
@@ -34,8 +36,17 @@ GOOD |= {"tile_rows": 128, "ahead": 14, "overlap": False, "stream": 0}
         ({"splits": 0}, "splits is 0"),
         ({"splits": 3}, "splits is 3; supported here: 1 to 2"),
         ({"splits": 9, "size": 8192}, "splits is 9; supported here: 1 to 8"),
-        ({"residual": 4096}, "linear_add takes a residual, the other forms a norm"),
-        ({"form": LINEAR_ADD}, "linear_add takes a residual"),
+        ({"residual": 4096}, "a residual belongs to linear_add"),
+        ({"form": LINEAR_ADD}, "a residual belongs to linear_add"),
+        ({"squares": 0}, "a product with a norm takes sums of squares"),
+        ({"count": 0}, "a product with a norm takes sums of squares"),
+        ({"weighted": 4096}, "as x what was weighted"),
+        ({"next_norm": 4096}, "no other norm follows"),
+        (ADDING | {"next_norm": 4096}, "both parts of the norm that it is given, or none"),
+        (ADDING | {"weighted": 4096}, "both parts of the norm that it is given, or none"),
+        (ADDING | {"squares": 0}, "room for 8 sums of squares a token; expected 0"),
+        (ADDING | {"next_norm": 4096, "weighted": 4096}, "room for 8 sums of squares a token; expected 4"),
+        (ADDING | {"next_norm": 4096, "weighted": 4098, "count": 4}, "weighted must be 16-byte aligned"),
         ({"x": 4098}, "x must be 16-byte aligned"),
         ({"out": 4098}, "out must be 16-byte aligned"),
         (
@@ -101,7 +112,7 @@ def test_plans_are_what_the_kernel_takes(shape: str, num_tokens: int, fast_memor
     for form, num_rows, size in products:
         plan = choose_plan(form, num_tokens, num_rows, size, 132, fast_memory)
         assert plan.splits in SPLITS
-        operands = {"norm": 0, "residual": 4096} if form == LINEAR_ADD else {}
+        operands = {"residual": 4096, "squares": 0, "count": 0} if form == LINEAR_ADD else {}
         given = {"num_tokens": num_tokens, "num_rows": num_rows, "size": size, "form": form}
         given |= plan._asdict()
         with contextlib.suppress(RuntimeError):  # the checks are passed, and there is no GPU

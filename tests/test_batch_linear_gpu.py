@@ -11,6 +11,7 @@ from tests.one_kernel_helpers import (
     check_chain_in_a_graph,
     check_head,
     check_many_repeats,
+    check_norm_behind,
     check_residual_as_result,
     check_swiglu,
     check_zero_rows,
@@ -48,6 +49,13 @@ def test_every_height_of_a_tile(num_tokens: int, tile_rows: int, splits: int) ->
 @pytest.mark.parametrize("plan", (Plan(2, ALONE, 0, 64), Plan(1, ALONE, 0, 128)), ids=str)
 def test_every_part_of_the_ring_asked_for_early(plan: Plan, ahead: int) -> None:
     check_all(batch_linear, 40, *UNEVEN, {"plan": plan._replace(ahead=ahead)})
+
+
+@pytest.mark.parametrize("plan", (None, *PLANS[:4], Plan(8), Plan(2, ALONE, 0, 64), Plan(1, ALONE, 0, 80)), ids=str)
+@pytest.mark.parametrize("num_tokens", (1, 17, 33, 48, 64, 90, 128))
+def test_parts_of_the_norm_that_follows(num_tokens: int, plan: Plan | None) -> None:
+    for num_rows, size in ((2048, 2112), (1040, 704), (4096, 1024)):
+        check_norm_behind(num_tokens, num_rows, size, {"plan": plan})
 
 
 @pytest.mark.parametrize("num_tokens", (1, 16, 64, 128))

@@ -26,7 +26,6 @@ struct Block {
     }
     __device__ Tail& own() const { return *at<Tail>(tail); }
     __device__ uint32_t full(int stage) const { return base + tail + uint32_t(offsetof(Tail, full)) + stage * 8; }
-    __device__ uint32_t ready(int stage) const { return base + tail + uint32_t(offsetof(Tail, ready)) + stage * 8; }
     __device__ uint32_t empty(int stage) const { return base + tail + uint32_t(offsetof(Tail, empty)) + stage * 8; }
     __device__ uint32_t drained() const { return base + tail + uint32_t(offsetof(Tail, drained)); }
     __device__ uint32_t received() const { return base + tail + uint32_t(offsetof(Tail, received)); }
@@ -59,10 +58,6 @@ struct Receiver {
     }
 };
 
-__device__ __forceinline__ float scale_of(const Params& p, float squares) {
-    return rsqrtf(squares / p.size + p.eps);
-}
-
 // Tells every block of the cluster that they may send to this one: a lane of each warp each.
 __device__ __forceinline__ void allow_sending(const Params& p, const Block& b, int lane) {
     common::cluster_wait();  // the other blocks' barriers exist
@@ -70,31 +65,51 @@ __device__ __forceinline__ void allow_sending(const Params& p, const Block& b, i
 }
 
 // Bytes that the blocks of the cluster, this one included, send to this one.
-template <int kTokens, Form kForm>
+template <int kTokens>
 __device__ __forceinline__ int sent_bytes(const Params& p, const Block& b) {
     const int units = first_of(p.units, b.rank + 1, p.splits) - first_of(p.units, b.rank, p.splits);
-    return p.splits * (units * unit_bytes(kTokens) + has_norm(kForm) * kTokens * 4);
+    return p.splits * units * unit_bytes(kTokens);
 }
+
+// What a lane needs beside its sums, of linear_add: two neighbouring rows of one token, and those 8 rows on.
+struct Added {
+    uint2 residual, next_norm;
+};
 
 // Where a lane's part of a fragment goes: two neighbouring outputs of token lane / 4, for linear_add and norm_linear
 // also those 8 rows on. SwiGLU makes one output of rows r and r + 8.
 template <Form kForm>
 struct Target {
+    int token, row;
     int64_t index;  // in out and residual, in elements; negative: nowhere
 
-    __device__ Target(const Params& p, const Block& b, int unit, int pair, int lane) {
-        const int token = pair * 8 + lane / 4, row = b.tile * p.tile_rows + unit * kUnitRows;
+    __device__ Target(const Params& p, const Block& b, int unit, int pair, int lane)
+        : token(pair * 8 + lane / 4), row(b.tile * p.tile_rows + unit * kUnitRows) {
         const bool exists = token < p.num_tokens && row < p.num_rows;
         const int64_t first = (int64_t(token) * p.num_rows + row) / rows_per_output(kForm);
         index = exists ? first + lane % 4 * 2 : -1;
     }
-    // The residual in the order of the fragment: (r, t), (r, t + 1), (r + 8, t), (r + 8, t + 1).
-    __device__ __forceinline__ uint2 load_residual(const Params& p) const {
+    __device__ __forceinline__ Added load_added(const Params& p, int lane) const {
         if (kForm != Form::kLinearAdd || index < 0) return {};
-        const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(p.residual) + index);
-        return {from[0], from[4]};
+        const auto load = [](const void* vector, int64_t at) -> uint2 {
+            const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(vector) + at);
+            return {from[0], from[4]};
+        };
+        return {load(p.residual, index), p.next_norm ? load(p.next_norm, row + lane % 4 * 2) : uint2{}};
     }
-    __device__ __forceinline__ void write(const Params& p, const Block& b, float4 v, uint2 residual, int pair,
+    // The parts of the norm that follows, of what was written: rows of one token in words of two.
+    __device__ __forceinline__ void prepare_norm(const Params& p, uint32_t low, uint32_t high, uint2 norm,
+                                                 int lane) const {
+        const float2 a = Pack::to_floats(low), b = Pack::to_floats(high);
+        float squares = fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(b.x, b.x, b.y * b.y)));
+        squares += __shfl_xor_sync(~0u, squares, 1);
+        squares += __shfl_xor_sync(~0u, squares, 2);
+        if (index < 0) return;
+        auto* to = reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(p.parts.weighted) + index);
+        to[0] = common::multiply_pairs(low, norm.x), to[4] = common::multiply_pairs(high, norm.y);
+        if (lane % 4 == 0) p.parts.squares[row / kUnitRows * p.num_tokens + token] = squares;
+    }
+    __device__ __forceinline__ void write(const Params& p, const Block& b, float4 v, const Added& added, int pair,
                                           int lane) const {
         auto* to = reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(p.out) + index);
         if constexpr (has_norm(kForm)) {
@@ -107,13 +122,14 @@ struct Target {
             if (index >= 0) to[0] = word;
         } else {
             if constexpr (kForm == Form::kLinearAdd) {
-                const float2 low = Pack::to_floats(common::transpose_8x8(residual.x));
-                const float2 high = Pack::to_floats(common::transpose_8x8(residual.y));
+                const float2 low = Pack::to_floats(common::transpose_8x8(added.residual.x));
+                const float2 high = Pack::to_floats(common::transpose_8x8(added.residual.y));
                 v.x += low.x, v.y += low.y, v.z += high.x, v.w += high.y;
             }
             const uint32_t low = common::transpose_8x8(Pack::from_floats(v.x, v.y));
             const uint32_t high = common::transpose_8x8(Pack::from_floats(v.z, v.w));
             if (index >= 0) to[0] = low, to[4] = high;
+            if (kForm == Form::kLinearAdd && p.next_norm) prepare_norm(p, low, high, added.next_norm, lane);
         }
     }
 };
@@ -137,12 +153,12 @@ struct Sums {
 template <int kTokens, Form kForm, bool kTall>
 struct Finisher {
     static constexpr int kPairs = kTokens / 8;
-    static constexpr int kAhead = kForm == Form::kLinearAdd ? 2 : 0;  // residuals asked for before the product
+    static constexpr int kAhead = kForm == Form::kLinearAdd ? 2 : 0;  // fragments whose Added is asked for early
     const Params& p;
     const Block& b;
     const Receiver<kTokens> own;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    uint2 residuals[kAhead + 1];
+    Added added[kAhead + 1];
 
     __device__ Finisher(const Params& p, const Block& b) : p(p), b(b), own(p, b.rank) {}
 
@@ -154,18 +170,22 @@ struct Finisher {
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             const int item = warp + i * kConsumerWarps;
-            residuals[i] = item < own.units * kPairs ? target(item).load_residual(p) : uint2{};
+            added[i] = item < own.units * kPairs ? target(item).load_added(p, lane) : Added{};
         }
+    }
+
+    __device__ __forceinline__ void wait_for_scales() {
+        if constexpr (has_norm(kForm)) common::named_sync(1, kConsumers + kScaleThreads);
     }
 
     // All there is to sum is in this block.
     __device__ __forceinline__ void finish_alone(const Sums<kTokens, kTall>& sums) {
-        if constexpr (has_norm(kForm)) common::named_sync(1, kConsumers + kNormThreads);  // for the scales
+        wait_for_scales();
         sums.each(p, warp, [&](int unit, const float (&d)[kTokens / 2]) {
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
                 const Target<kForm> to(p, b, unit, j, lane);
-                to.write(p, b, {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]}, to.load_residual(p), j, lane);
+                to.write(p, b, {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]}, to.load_added(p, lane), j, lane);
             }
         });
     }
@@ -196,26 +216,18 @@ struct Finisher {
     }
 
     __device__ __forceinline__ void finish_received() {
+        wait_for_scales();
         common::wait_for_cluster(b.received());
-        if constexpr (has_norm(kForm)) {
-            if (thread < kTokens) {
-                float squares = 0;
-                for (int rank = 0; rank < p.splits; ++rank) squares += b.own().squares[rank][thread];
-                b.own().scale[thread] = scale_of(p, squares);
-            }
-            common::named_sync(1, kConsumers);
-        }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             const int item = warp + i * kConsumerWarps;
-            if (item < own.units * kPairs)
-                target(item).write(p, b, received_sum(item), residuals[i], item % kPairs, lane);
+            if (item < own.units * kPairs) target(item).write(p, b, received_sum(item), added[i], item % kPairs, lane);
         }
 #pragma unroll 1
         for (int item = warp + kAhead * kConsumerWarps; item < own.units * kPairs; item += kConsumerWarps) {
             const Target<kForm> to = target(item);
-            const uint2 residual = to.load_residual(p);
-            to.write(p, b, received_sum(item), residual, item % kPairs, lane);
+            const Added loaded = to.load_added(p, lane);
+            to.write(p, b, received_sum(item), loaded, item % kPairs, lane);
         }
     }
 };

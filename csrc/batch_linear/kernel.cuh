@@ -5,16 +5,16 @@
 // inner dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for
 // weight before the previous kernel has ended, because weights are constants: with half of an SM's shared memory each,
 // this kernel's ring fills while the previous kernel's blocks still work. Two warpgroups multiply, with weights as the
-// tensor cores' rows and tokens as their columns, straight from shared memory. Where there is a norm, further warps
-// prepare x for them in the ring (norm.cuh).
+// tensor cores' rows and tokens as their columns, straight from shared memory. RMSNorm costs no pass over x: the
+// product that makes x leaves the norm's parts (NormParts), and the one that needs them scales sums.
 //
 // weight [num_rows, size], x [num_tokens, size], out [num_tokens, num_rows] (see Params); all contiguous bf16. weight
-// and norm are read before the previous kernel has ended: they must have been written by an earlier one.
+// is read before the previous kernel has ended: it must have been written by an earlier one.
 #pragma once
 #include <cuda.h>
 
 #include "batch_linear/finish.cuh"
-#include "batch_linear/norm.cuh"
+#include "batch_linear/scale.cuh"
 #include "common/wgmma.cuh"
 
 namespace batch_linear {
@@ -75,7 +75,6 @@ struct Producer {
 
 template <int kTokens, Form kForm, bool kTall>
 __device__ __forceinline__ void consume(const Params& p, const Block& b) {
-    constexpr bool kNorm = has_norm(kForm);
     constexpr int kGroupBytes = row_bytes(kShortRows / 2);  // of weight, for one instruction
     const int bytes = stage_bytes(p.tile_rows, kTokens);
     const int thread = threadIdx.x, lane = thread % 32, group = common::uniform_warp() / 4;
@@ -94,7 +93,7 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
 #pragma unroll 1
     for (int step = 0; step < b.steps; ++step) {
         const uint32_t weight = b.base + stage * bytes, x = weight + row_bytes(p.tile_rows);
-        common::mbarrier_wait(kNorm ? b.ready(stage) : b.full(stage), phase);
+        common::mbarrier_wait(b.full(stage), phase);
         const uint64_t rows = operand(weight + group * kGroupBytes), columns = operand(x);
         if (has_rows) {
             wgmma_fence();
@@ -150,7 +149,6 @@ __global__ void __launch_bounds__(threads(kForm), kTokens <= 64 && !kTall && kFo
     if (common::elect_one()) {  // each barrier is an instruction of some fifty cycles: every warp makes a few
         for (int i = warp; i < p.stages; i += threads(kForm) / 32) {
             common::mbarrier_init(b.full(i), 1);
-            if (has_norm(kForm)) common::mbarrier_init(b.ready(i), kNormWarps);
             common::mbarrier_init(b.empty(i), kConsumerWarps);
         }
         if (warp == kConsumerWarps) {
@@ -163,8 +161,7 @@ __global__ void __launch_bounds__(threads(kForm), kTokens <= 64 && !kTall && kFo
     Producer<kTokens> producer{p, b, &weight, &x};
     if (warp == kConsumerWarps) {
         producer.begin();
-        if (p.splits > 1 && common::elect_one())
-            common::mbarrier_expect(b.received(), sent_bytes<kTokens, kForm>(p, b));
+        if (p.splits > 1 && common::elect_one()) common::mbarrier_expect(b.received(), sent_bytes<kTokens>(p, b));
         __syncwarp();
     }
     if (p.splits > 1) common::cluster_arrive();
@@ -174,7 +171,8 @@ __global__ void __launch_bounds__(threads(kForm), kTokens <= 64 && !kTall && kFo
         producer.run();
         if (p.splits > 1) common::cluster_wait();
     } else if constexpr (has_norm(kForm)) {
-        Norm<kTokens>{p, b}.run();
+        make_scales<kTokens>(p, b);
+        if (p.splits > 1) common::cluster_wait();
     }
 #else
     __trap();  // the host launches this on compute capability 9.0 only

@@ -22,7 +22,22 @@ int divide_up(int a, int b) {
     return (a + b - 1) / b;
 }
 
-void check(const Problem& q, const Plan& plan) {
+void check_norm(const Problem& q, const NormParts& parts) {
+    require((q.form == Form::kLinearAdd) == (q.residual != nullptr),
+            "a residual belongs to linear_add, and to no other");
+    if (has_norm(q.form)) {
+        require(parts.squares && parts.count >= 1 && !parts.weighted && !q.norm,
+                "a product with a norm takes sums of squares, and as x what was weighted; no other norm follows");
+        return;
+    }
+    require(bool(q.norm) == bool(parts.weighted) && bool(q.norm) == bool(parts.squares),
+            "linear_add leaves both parts of the norm that it is given, or none");
+    const int count = q.norm ? q.num_rows / kUnitRows : 0;
+    require(parts.count == count, "there is room for " + std::to_string(parts.count) +
+                                      " sums of squares a token; expected " + std::to_string(count));
+}
+
+void check(const Problem& q, const NormParts& parts, const Plan& plan) {
     require(q.num_tokens >= 1 && q.num_tokens <= kMaxTokens,
             "num_tokens is " + std::to_string(q.num_tokens) + "; supported: 1 to " + std::to_string(kMaxTokens));
     require(q.size >= kStageColumns && q.size % kStageColumns == 0,
@@ -37,12 +52,17 @@ void check(const Problem& q, const Plan& plan) {
             "tile_rows is " + std::to_string(plan.tile_rows) + "; supported here: multiples of " +
                 std::to_string(kUnitRows) + " from " + std::to_string(kMinTileRows) + " to " + std::to_string(tallest));
     require(plan.ahead >= 0, "ahead is " + std::to_string(plan.ahead) + "; expected 0 or more stages");
-    require((q.form == Form::kLinearAdd) == (q.residual != nullptr) && has_norm(q.form) == (q.norm != nullptr),
-            "linear_add takes a residual, the other forms a norm");
+    check_norm(q, parts);
     const struct {
         const char* name;
         const void* pointer;
-    } operands[] = {{"x", q.x}, {"weight", q.weight}, {"out", q.out}, {"norm", q.norm}, {"residual", q.residual}};
+    } operands[] = {{"x", q.x},
+                    {"weight", q.weight},
+                    {"out", q.out},
+                    {"next_norm", q.norm},
+                    {"residual", q.residual},
+                    {"weighted", parts.weighted},
+                    {"squares", parts.squares}};
     for (const auto& operand : operands)
         require(reinterpret_cast<uintptr_t>(operand.pointer) % 16 == 0,
                 std::string(operand.name) + " must be 16-byte aligned");
@@ -74,20 +94,19 @@ const void* select_kernel(Form form, int tokens, bool tall) {
 
 }  // namespace
 
-void launch(const Problem& q, const Plan& plan, bool overlap, cudaStream_t stream) {
-    check(q, plan);
+void launch(const Problem& q, const NormParts& parts, const Plan& plan, bool overlap, cudaStream_t stream) {
+    check(q, parts, plan);
     const int tokens = padded_tokens(q.num_tokens);
 
     Params p{};
-    p.norm = q.norm, p.residual = q.residual, p.out = q.out;
+    p.residual = q.residual, p.out = q.out, p.next_norm = q.norm, p.parts = parts;
     p.num_tokens = q.num_tokens, p.num_rows = q.num_rows, p.size = q.size, p.eps = q.eps;
     p.splits = plan.splits, p.trigger = plan.trigger;
     p.tile_rows = plan.tile_rows, p.units = plan.tile_rows / kUnitRows;
     const int bytes_of_stage = stage_bytes(p.tile_rows, tokens);
     p.steps = q.size / kStageColumns;
     const int block_steps = divide_up(p.steps, p.splits);
-    const int norm_bytes = has_norm(q.form) ? block_steps * kStageColumns * 2 : 0;
-    const int behind = norm_bytes + int(sizeof(Tail));
+    const int behind = int(sizeof(Tail));
     p.stages = std::min({kMaxStages, block_steps, (plan.shared_bytes - behind) / bytes_of_stage});
     const int least =
         std::max(std::min(2, block_steps),
@@ -96,9 +115,8 @@ void launch(const Problem& q, const Plan& plan, bool overlap, cudaStream_t strea
                                    " bytes of shared memory in " + std::to_string(least) + " stages, and may have " +
                                    std::to_string(plan.shared_bytes) + " and " + std::to_string(block_steps));
     p.ahead = std::min(plan.ahead, p.stages);
-    p.norm_offset = p.stages * bytes_of_stage;
-    p.tail_offset = p.norm_offset + norm_bytes;
-    const int bytes = p.norm_offset + behind;
+    p.tail_offset = p.stages * bytes_of_stage;
+    const int bytes = p.tail_offset + behind;
 
     const void* kernel = select_kernel(q.form, tokens, p.tile_rows > kShortRows);
     common::allow_shared_memory(kernel, common::shared_memory_limit(), true);

@@ -15,14 +15,14 @@ constexpr int kTallRows = 2 * kShortRows;               // the most, two units a
 constexpr int kStageColumns = 64;                       // 128 bytes, the swizzle's width
 constexpr int kMaxSplits = 8;                           // blocks of a cluster, the portable limit
 constexpr int kMaxStages = 14;
-constexpr int kNormWarps = 4;  // multiply the norm's weight into x
-constexpr int kConsumers = kConsumerWarps * 32, kNormThreads = kNormWarps * 32;
+constexpr int kScaleWarps = 4;  // sum up squares where there is a norm
+constexpr int kConsumers = kConsumerWarps * 32, kScaleThreads = kScaleWarps * 32;
 
 using common::Form, common::has_norm;
 
-// Threads of a block: those that multiply, the warp that copies, and with a norm those that prepare x.
+// Threads of a block: those that multiply, the warp that copies, and with a norm those that make its scales.
 constexpr int threads(Form form) {
-    return kConsumers + 32 + (has_norm(form) ? kNormThreads : 0);
+    return kConsumers + 32 + (has_norm(form) ? kScaleThreads : 0);
 }
 
 // Rows of weight that make an output: SwiGLU's gates and ups alternate in groups of 8.
@@ -53,19 +53,30 @@ constexpr __host__ __device__ int owner_of(int unit, int units, int splits) {
     return ((unit + 1) * splits - 1) / units;
 }
 
-struct Params {
-    const void *norm, *residual;  // [size] or null, [num_tokens, num_rows] or null
-    void* out;                    // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]
-    int num_tokens, num_rows, size;
-    float eps;
-    int tile_rows, units;          // weight rows of a tile, and units of them
-    int splits, stages, steps;     // steps: of kStageColumns, over all splits
-    int ahead;                     // stages of weight that are asked for before the previous kernel has ended
-    int trigger;                   // the next kernel may start when this many stages are left to ask for
-    int norm_offset, tail_offset;  // in shared memory
+// RMSNorm of h [num_tokens, n] in two parts, which the product that makes h leaves: weighted [num_tokens, n], h times
+// the norm's weight, and squares [count, num_tokens], whose sum over `count` is that of a token's squares. The product
+// that wants the norm multiplies `weighted`, and each token's sums by rsqrt(its squares / n + eps).
+struct NormParts {
+    void* weighted;
+    float* squares;
+    int count;
 };
 
-// Shared memory of a block. At its start lies the ring of stages, weight before x, then the norm's weights, then Tail.
+struct Params {
+    const void* residual;   // [num_tokens, num_rows] or null
+    void* out;              // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]
+    const void* next_norm;  // [num_rows] or null: linear_add leaves `parts` for the norm that follows
+    NormParts parts;        // linear_add's have a sum for each unit of its rows
+    int num_tokens, num_rows, size;
+    float eps;
+    int tile_rows, units;       // weight rows of a tile, and units of them
+    int splits, stages, steps;  // steps: of kStageColumns, over all splits
+    int ahead;                  // stages of weight that are asked for before the previous kernel has ended
+    int trigger;                // the next kernel may start when this many stages are left to ask for
+    int tail_offset;            // in shared memory
+};
+
+// Shared memory of a block. At its start lies the ring of stages, weight before x, then Tail.
 constexpr __host__ __device__ int row_bytes(int rows) {
     return rows * kStageColumns * 2;
 }
@@ -87,9 +98,9 @@ constexpr __host__ __device__ int receiving_stages(int tile_rows, int tokens, in
 }
 
 struct Tail {
-    float squares[kMaxSplits][kMaxTokens];  // sums of squares of x over each block's columns
+    float squares[kScaleThreads];  // of a token, over a part of their `count`
     float scale[kMaxTokens];
-    uint64_t full[kMaxStages], ready[kMaxStages], empty[kMaxStages];
+    uint64_t full[kMaxStages], empty[kMaxStages];
     uint64_t drained, received;
 };
 

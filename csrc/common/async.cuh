@@ -21,11 +21,6 @@ __device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t address) 
                  : "memory");
 }
 
-__device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&v)[4]) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                 : "memory");
-}
-
 // ---- mbarrier: a phase ends when `count` arrivals (and, with TMA, the announced bytes) are in; `parity` names the
 // phase.
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int count) {

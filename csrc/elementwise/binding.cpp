@@ -26,11 +26,12 @@ PYBIND11_MODULE(elementwise, module) {
     module.def(
         "rms_norm",
         [](uintptr_t x, uintptr_t weight, uintptr_t out, int num_rows, int hidden_size, float eps, int dtype,
-           bool overlap, uintptr_t stream) {
-            rms_norm({pointer(x), pointer(weight), pointer(out), num_rows, hidden_size, eps},
+           bool overlap, uintptr_t stream, uintptr_t squares) {
+            rms_norm({pointer(x), pointer(weight), pointer(out), num_rows, hidden_size, eps, pointer<float>(squares)},
                      how(dtype, overlap, stream));
         },
-        "x"_a, "weight"_a, "out"_a, "num_rows"_a, "hidden_size"_a, "eps"_a, "dtype"_a, "overlap"_a, "stream"_a);
+        "x"_a, "weight"_a, "out"_a, "num_rows"_a, "hidden_size"_a, "eps"_a, "dtype"_a, "overlap"_a, "stream"_a,
+        "squares"_a = 0);
     module.def(
         "silu_mul",
         [](uintptr_t gate_up, uintptr_t out, int64_t num_rows, int size, int dtype, bool overlap, uintptr_t stream) {

@@ -17,12 +17,14 @@ struct Launch {
     cudaStream_t stream;
 };
 
-// x, out [num_rows, hidden_size], weight [hidden_size].
+// x, out [num_rows, hidden_size], weight [hidden_size]. With squares [num_rows], these receive each row's sum of
+// squares, and out is x * weight only.
 struct RmsNorm {
     const void *x, *weight;
     void* out;
     int num_rows, hidden_size;
     float eps;
+    float* squares;
 };
 
 // gate_up [num_rows, 2 * size]: 8 gates, their 8 ups, the next 8 gates, ...; out [num_rows, size].

@@ -4,7 +4,7 @@ launch.
 Every function raises UserError naming the tensor and the shape expected, and KernelBuildError if the kernels cannot be
 built. Tensors are contiguous bf16 on one CUDA device of compute capability 9.0.
 
-The kernels read weights and norms before the previous kernel has ended: an earlier one must have written them.
+The kernels read weights before the previous kernel has ended: an earlier one must have written them.
 """
 
 import functools
@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from llama3.ops import one_kernel
+from llama3.ops import elementwise, one_kernel
+from llama3.ops.norm_parts import NormParts
 from llama3.ops.one_kernel import FORMS, LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 from llama3.ops.skinny_linear import NARROW
 
@@ -55,17 +56,28 @@ class Plan(NamedTuple):
 
 
 def norm_linear(
-    x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float, plan: Plan | None = None
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    parts: NormParts | None = None,
+    plan: Plan | None = None,
 ) -> torch.Tensor:
-    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. `plan`: None leaves the choice to choose_plan."""
-    return _product("norm_linear", x, weight, norm, None, eps, None, plan)
+    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. `parts` of the norm save a kernel that makes them.
+    `plan`: None leaves the choice to choose_plan."""
+    return _product("norm_linear", x, weight, norm, None, eps, None, plan, parts)
 
 
 def norm_swiglu(
-    x: torch.Tensor, norm: torch.Tensor, gate_up: torch.Tensor, eps: float, plan: Plan | None = None
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    gate_up: torch.Tensor,
+    eps: float,
+    parts: NormParts | None = None,
+    plan: Plan | None = None,
 ) -> torch.Tensor:
     """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
-    return _product("norm_swiglu", x, gate_up, norm, None, eps, None, plan)
+    return _product("norm_swiglu", x, gate_up, norm, None, eps, None, plan, parts)
 
 
 def linear_add(
@@ -77,6 +89,14 @@ def linear_add(
 ) -> torch.Tensor:
     """residual [T, N] + x [T, K] times weight [N, K] -> [T, N], in `out` if given, which may be the residual."""
     return _product("linear_add", x, weight, None, residual, 0.0, out, plan)
+
+
+def linear_add_norm(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor, plan: Plan | None = None
+) -> tuple[torch.Tensor, NormParts]:
+    """linear_add, and the parts of the RMSNorm of its result with weight next_norm [N]."""
+    parts = NormParts.empty(residual, residual.shape[1] // UNIT_ROWS)
+    return _product("linear_add", x, weight, None, residual, 0.0, None, plan, parts, next_norm), parts
 
 
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -158,8 +178,21 @@ def _product(
     eps: float,
     out: torch.Tensor | None,
     plan: Plan | None,
+    parts: NormParts | None = None,
+    next_norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out, arguments = one_kernel.arguments(op, x, weight, norm, residual, eps, out)
+    arguments |= {"next_norm": 0, "weighted": 0, "squares": 0, "count": 0}
+    if norm is not None:
+        parts = parts or elementwise.norm_parts(x, norm)
+        parts.check(op, x)
+        arguments["x"] = parts.weighted.data_ptr()
+    elif parts is not None and next_norm is not None:
+        parts.check_norm(op, next_norm)
+        arguments |= {"next_norm": next_norm.data_ptr(), "weighted": parts.weighted.data_ptr()}
+    if parts is not None:
+        arguments |= {"squares": parts.squares.data_ptr(), "count": parts.squares.shape[0]}
+    del arguments["norm"]
     gpu = one_kernel.num_sms(x.device), one_kernel.has_fast_memory(x.device)
     plan = plan or choose_plan(FORMS[op], *x.shape[:1], *weight.shape, *gpu)
     library().product(**arguments, **plan._asdict())

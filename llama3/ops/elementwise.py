@@ -11,6 +11,7 @@ import torch
 
 from llama3.errors import UserError
 from llama3.kv_cache import BLOCK_SIZE, LayerCache
+from llama3.ops.norm_parts import NormParts
 from llama3.ops.tensor_error import wrong_tensor
 from llama3.rope import RopeTable
 
@@ -36,6 +37,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         x.data_ptr(), weight.data_ptr(), out.data_ptr(), num_rows, hidden_size, eps, DTYPES[x.dtype], *_launch(x)
     )
     return out
+
+
+def norm_parts(x: torch.Tensor, weight: torch.Tensor) -> NormParts:
+    """RMSNorm of x [T, H] with weight [H], bf16, in parts."""
+    if x.dim() != 2 or x.dtype != torch.bfloat16:
+        raise wrong_tensor("norm_parts", "x", x, "torch.bfloat16 [T, H]")
+    num_rows, hidden_size = x.shape
+    _check("norm_parts", x, x=(x, (num_rows, hidden_size)), weight=(weight, (hidden_size,)))
+    parts = NormParts.empty(x, 1)
+    pointers = (x.data_ptr(), weight.data_ptr(), parts.weighted.data_ptr())
+    sizes = (num_rows, hidden_size, 0.0, DTYPES[x.dtype])
+    library().rms_norm(*pointers, *sizes, *_launch(x), squares=parts.squares.data_ptr())
+    return parts
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from llama3.errors import UserError
 from llama3.ops import batch_linear, elementwise, gemm, gemm_search, skinny_linear
 from llama3.ops.cublaslt import ALIGNMENT, Product
+from llama3.ops.norm_parts import NormParts
 
 # From here on products alone are as fast in csrc/gemm/ as in cuBLASLt, or faster; SwiGLU, which saves a pass, sooner.
 LARGE_MIN_TOKENS = 4096
@@ -20,17 +21,21 @@ ONE_KERNEL: tuple[ModuleType, ...] = (skinny_linear, batch_linear)  # families t
 _products: dict[Product, Product] = {}
 
 
-def norm_linear(x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]."""
+def norm_linear(
+    x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float, parts: NormParts | None = None
+) -> torch.Tensor:
+    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. The norm's parts, if any, may take its place."""
     if one_kernel := _one_kernel(x, weight, norm_weight):
-        return one_kernel.norm_linear(x, norm_weight, weight, eps)
+        return one_kernel.norm_linear(x, norm_weight, weight, eps, parts)
     return product(elementwise.rms_norm(x, norm_weight, eps), weight)
 
 
-def norm_swiglu(x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float) -> torch.Tensor:
+def norm_swiglu(
+    x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float, parts: NormParts | None = None
+) -> torch.Tensor:
     """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
     if one_kernel := _one_kernel(x, gate_up, norm_weight):
-        return one_kernel.norm_swiglu(x, norm_weight, gate_up, eps)
+        return one_kernel.norm_swiglu(x, norm_weight, gate_up, eps, parts)
     normed = elementwise.rms_norm(x, norm_weight, eps)
 
     def apart(weight: torch.Tensor) -> torch.Tensor:
@@ -45,6 +50,15 @@ def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) ->
     if one_kernel := _one_kernel(x, weight, residual):
         return one_kernel.linear_add(x, weight, residual)
     return product(x, weight, residual)
+
+
+def linear_add_norm(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor
+) -> tuple[torch.Tensor, NormParts | None]:
+    """linear_add, and the parts of the RMSNorm of its result with weight next_norm [N], where those help."""
+    if one_kernel := _one_kernel(x, weight, residual):
+        return one_kernel.linear_add_norm(x, weight, residual, next_norm)
+    return product(x, weight, residual), None
 
 
 def _one_kernel(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> ModuleType | None:

@@ -10,6 +10,7 @@ from llama3.config import GATE_UP_GROUP, ModelConfig
 from llama3.decode_state import IDLE, DecodeState
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache, LayerCache
+from llama3.ops.norm_parts import NormParts
 from llama3.rope import RopeTable
 from llama3.sampling import SamplingTensors, sample_tokens
 from llama3.weights import ModelWeights
@@ -25,8 +26,18 @@ class ReferenceOps:
         """token_ids [T], table [V, H] -> [T, H]."""
         return F.embedding(token_ids, table)
 
-    def norm_linear(self, x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """RMSNorm, then a projection: x [T, H], weight [N, H] -> [T, N]."""
+    def norm_linear(
+        self,
+        x: torch.Tensor,
+        norm_weight: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        parts: NormParts | None = None,
+    ) -> torch.Tensor:
+        """RMSNorm, then a projection: x [T, H], weight [N, H] -> [T, N].
+
+        parts: what `linear_add_norm` left beside x for this very norm; an implementation may go by them.
+        """
         return F.linear(rms_norm(x, norm_weight, eps), weight)
 
     def rope_append_attend(
@@ -46,10 +57,21 @@ class ReferenceOps:
         """x [T, N], weight [H, N], residual [T, H] -> residual + x weight^T, [T, H]."""
         return residual + F.linear(x, weight)
 
+    def linear_add_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor
+    ) -> tuple[torch.Tensor, NormParts | None]:
+        """linear_add, and what is worth preparing of the norm that follows, of weight next_norm [H]: here nothing."""
+        return self.linear_add(x, weight, residual), None
+
     def norm_swiglu(
-        self, x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        norm_weight: torch.Tensor,
+        gate_up: torch.Tensor,
+        eps: float,
+        parts: NormParts | None = None,
     ) -> torch.Tensor:
-        """RMSNorm, gate and up projections, silu(gate) * up: x [T, H], gate_up [2 F, H] -> [T, F]."""
+        """RMSNorm, gate and up projections, silu(gate) * up: x [T, H], gate_up [2 F, H] -> [T, F]; parts as above."""
         packed = F.linear(rms_norm(x, norm_weight, eps), gate_up).unflatten(-1, (-1, 2, GATE_UP_GROUP))
         gate, up = packed.unbind(2)  # [T, F / 8, 8] each
         return (F.silu(gate) * up).flatten(1)

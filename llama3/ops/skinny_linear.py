@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from llama3.ops import one_kernel
+from llama3.ops.norm_parts import NormParts
 
 MAX_TOKENS = 32
 ALWAYS_TOKENS = 16  # up to which these kernels are the fastest for every shape
@@ -29,14 +30,25 @@ class Tiling(NamedTuple):
 
 
 def norm_linear(
-    x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float, tiling: Tiling | None = None
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    parts: NormParts | None = None,
+    tiling: Tiling | None = None,
 ) -> torch.Tensor:
-    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. `tiling`: None leaves the choice to choose_tiling."""
+    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. `parts` of the norm are not needed: so few tokens
+    are normed on the way. `tiling`: None leaves the choice to choose_tiling."""
     return _product("norm_linear", x, weight, norm, None, eps, None, tiling)
 
 
 def norm_swiglu(
-    x: torch.Tensor, norm: torch.Tensor, gate_up: torch.Tensor, eps: float, tiling: Tiling | None = None
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    gate_up: torch.Tensor,
+    eps: float,
+    parts: NormParts | None = None,
+    tiling: Tiling | None = None,
 ) -> torch.Tensor:
     """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
     return _product("norm_swiglu", x, gate_up, norm, None, eps, None, tiling)
@@ -51,6 +63,13 @@ def linear_add(
 ) -> torch.Tensor:
     """residual [T, N] + x [T, K] times weight [N, K] -> [T, N], in `out` if given, which may be the residual."""
     return _product("linear_add", x, weight, None, residual, 0.0, out, tiling)
+
+
+def linear_add_norm(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor
+) -> tuple[torch.Tensor, None]:
+    """linear_add; nothing is prepared for the norm that follows."""
+    return linear_add(x, weight, residual), None
 
 
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
