@@ -43,17 +43,21 @@ class Step:
         self.ops = cuda_ops(self.config)
         self.weights = random_weights(self.config, torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
 
-    def decode(self, num_tokens: int, context: int) -> Callable[[], torch.Tensor]:
-        """One step over a cache of `context` tokens a row, without sampling."""
-        config = self.config
-        model = Transformer(config, self.weights, self.ops, RopeTable.build(config, context + 1, "cuda"))
-        cache = KVCache(config, num_tokens, context + 1, torch.bfloat16, "cuda")
+    def cached(self, num_tokens: int, context: int) -> tuple[KVCache, DecodeBatch, RopeTable]:
+        """A random cache of `context` tokens a row, the batch of the next tokens, and rotations for all of them."""
+        cache = KVCache(self.config, num_tokens, context + 1, torch.bfloat16, "cuda")
         for tensor in (cache.k, cache.v):
             tensor.normal_()
         slots = torch.arange(num_tokens, dtype=torch.int32, device="cuda")
         batch = DecodeBatch(slots, torch.full_like(slots, context), context + 1)
-        ids = torch.arange(num_tokens, device="cuda")
         gemm_search.expect_decode(num_tokens)
+        return cache, batch, RopeTable.build(self.config, context + 1, "cuda")
+
+    def decode(self, num_tokens: int, context: int) -> Callable[[], torch.Tensor]:
+        """One step over a cache of `context` tokens a row, without sampling."""
+        cache, batch, rope = self.cached(num_tokens, context)
+        model = Transformer(self.config, self.weights, self.ops, rope)
+        ids = torch.arange(num_tokens, device="cuda")
         return lambda: model.decode_step(ids, batch, cache)
 
     def time(self, num_tokens: int, context: int) -> dict[str, float]:

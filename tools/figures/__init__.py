@@ -27,6 +27,7 @@ PROVIDERS = (
     Provider("results/sampling/*.json", sampling.sections),
     Provider("results/experiments/*.json", experiments.sections),
     Provider("results/performance/*.json", performance.sections),
+    Provider("results/sustained/*.json", performance.sustained),
     Provider("results/gpu_checks.json", gpu_checks.sections),
     Provider("models/demo/training.json", demo_model.sections),
 )

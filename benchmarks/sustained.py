@@ -1,0 +1,186 @@
+"""Decode under sustained load: a step, and its ops by themselves, for seconds, with the clock and the power meanwhile.
+
+    python -m benchmarks.sustained --shape 8b --cases 64x128,256x192 --json results/sustained/h200.json
+
+A case is ROWSxCONTEXT. The median of a few replays flatters: a GPU runs at its highest clock until its power limit
+lowers it, and then what an op costs is energy as much as time. Random weights in the real shapes; without sampling.
+"""
+
+import argparse
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.decode_products import REPEATS, Step
+from benchmarks.environment import describe, query_gpu
+from benchmarks.graph_timing import capture, replay_seconds
+from benchmarks.json_file import write_json
+from benchmarks.text_table import markdown_table, number
+from llama3.errors import UserError
+
+FIELDS = ("clocks.sm", "power.draw.instant")
+PERIOD_MS = 100
+REPLAYS = 20  # between looks at the clock on the wall
+
+
+class Sample(NamedTuple):
+    """When, in seconds of time.monotonic(), the clock in MHz, and the power in watts."""
+
+    time: float
+    clock: float
+    watts: float
+
+
+def parse_sample(line: str, now: float) -> Sample | None:
+    """A line of nvidia-smi without units; None where the GPU does not say."""
+    try:
+        clock, watts = (float(value) for value in line.split(","))
+    except ValueError:
+        return None
+    return Sample(now, clock, watts)
+
+
+class GpuLog:
+    """Clock and power of the first visible GPU while inside; nothing where nvidia-smi cannot be run."""
+
+    def __init__(self) -> None:
+        self.samples: list[Sample] = []
+
+    def __enter__(self) -> "GpuLog":
+        command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
+        self._process = None
+        if query_gpu("name"):
+            self._process = subprocess.Popen([*command, f"-lms={PERIOD_MS}"], stdout=subprocess.PIPE, text=True)
+            threading.Thread(target=self._read, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+    def _read(self) -> None:
+        assert self._process is not None and self._process.stdout is not None
+        for line in self._process.stdout:
+            if sample := parse_sample(line, time.monotonic()):
+                self.samples.append(sample)
+
+    def means(self, start: float, end: float) -> dict[str, float | None]:
+        """Over the samples between two times, None where there are none."""
+        inside = [sample for sample in self.samples if start <= sample.time <= end]
+
+        def mean(values: list[float]) -> float | None:
+            return sum(values) / len(values) if values else None
+
+        return {"clock_mhz": mean([s.clock for s in inside]), "watts": mean([s.watts for s in inside])}
+
+
+def loads(step: Step, num_tokens: int, context: int) -> dict[str, tuple[Callable[[], object], int]]:
+    """By name what is run, and how often the op in it: a step; of all layers attention, gate-up, down."""
+    cache, batch, rope = step.cached(num_tokens, context)
+    config, layers, ops, eps = step.config, step.weights.layers, step.ops, step.config.rms_norm_eps
+
+    def normal(size: int) -> torch.Tensor:
+        return torch.randn(num_tokens, size, device="cuda", dtype=torch.bfloat16)
+
+    qkv, x, mid = normal(config.qkv_size), normal(config.hidden_size), normal(config.intermediate_size)
+
+    def attention() -> None:
+        for index in range(config.num_layers):
+            ops.rope_append_attend(qkv, rope, cache.layer(index), batch)
+
+    def gate_up() -> None:
+        for layer in layers:
+            ops.norm_swiglu(x, layer.mlp_norm, layer.gate_up, eps)
+
+    def down() -> None:
+        for layer in layers:
+            ops.linear_add(mid, layer.down, x)
+
+    of_layers = {"attention": attention, "gate-up": gate_up, "down": down}
+    return {"step": (step.decode(num_tokens, context), 1)} | {
+        name: (run, config.num_layers) for name, run in of_layers.items()
+    }
+
+
+def measure(run: Callable[[], object], log: GpuLog, seconds: float) -> dict[str, float | None]:
+    """Microseconds of one run: the median of a few replays after a rest, and the mean over `seconds` under load, from
+    half of them on."""
+    time.sleep(0.5)
+    graph = capture([run])
+    burst = sorted(replay_seconds(graph) for _ in range(REPEATS + 1))[REPEATS // 2]
+
+    def replay_for(duration: float) -> int:
+        start, count = time.monotonic(), 0
+        while time.monotonic() - start < duration:
+            for _ in range(REPLAYS):
+                graph.replay()
+            torch.cuda.synchronize()
+            count += REPLAYS
+        return count
+
+    replay_for(seconds / 2)
+    start = time.monotonic()
+    count = replay_for(seconds)
+    end = time.monotonic()
+    found = {"burst_us": burst * 1e6, "sustained_us": (end - start) / count * 1e6}
+    return found | log.means(start + PERIOD_MS / 1e3, end)
+
+
+def run(shape: str, cases: list[tuple[int, int]], seconds: float) -> dict[str, Any]:
+    step, rows = Step(shape), []
+    with GpuLog() as log:
+        for num_tokens, context in cases:
+            for name, (call, count) in loads(step, num_tokens, context).items():
+                found = measure(call, log, seconds)
+                row: dict[str, Any] = {"shape": shape, "load": name, "tokens": num_tokens, "context": context}
+                row |= {k: v / count if k.endswith("_us") and v is not None else v for k, v in found.items()}
+                rows.append(row)
+                print(table({"rows": [row]}).splitlines()[-1], flush=True)
+            torch.cuda.empty_cache()
+    limit = query_gpu("power.limit")
+    return {**describe(), "power_limit": limit[0] if limit else None, "rows": rows}
+
+
+def table(results: dict[str, Any]) -> str:
+    """A line a load."""
+    columns = ("load", "rows x context", "µs, a few replays", "µs, for seconds", "clock (MHz)", "power (W)")
+    lines = []
+    for row in results["rows"]:
+        digits = int(row["sustained_us"] < 1000)
+        cells = [number(row[key], digits) for key in ("burst_us", "sustained_us")]
+        cells += [number(row[key], 0) for key in ("clock_mhz", "watts")]
+        lines.append([f"{row['shape'].upper()} {row['load']}", f"{row['tokens']} x {row['context']}", *cells])
+    return markdown_table(columns, lines)
+
+
+def case(text: str) -> tuple[int, int]:
+    rows, context = (int(part) for part in text.split("x"))
+    return rows, context
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="8b")
+    parser.add_argument("--cases", default="64x128,256x192", help="by comma, ROWSxCONTEXT")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each load")
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    options = parser.parse_args()
+    try:
+        results = run(options.shape, [case(text) for text in options.cases.split(",")], options.seconds)
+    except UserError as error:
+        print(f"benchmarks.sustained: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        write_json(results, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
