@@ -53,7 +53,7 @@ def test_every_part_of_the_ring_asked_for_early(plan: Plan, ahead: int) -> None:
 
 @pytest.mark.parametrize("plan", (None, *PLANS[:4], Plan(8), Plan(2, ALONE, 0, 64), Plan(1, ALONE, 0, 80)), ids=str)
 @pytest.mark.parametrize("num_tokens", (1, 17, 33, 48, 64, 90, 128))
-def test_parts_of_the_norm_that_follows(num_tokens: int, plan: Plan | None) -> None:
+def test_squares_for_the_norm_that_follows(num_tokens: int, plan: Plan | None) -> None:
     for num_rows, size in ((2048, 2112), (1040, 704), (4096, 1024)):
         check_norm_behind(num_tokens, num_rows, size, {"plan": plan})
 

@@ -8,6 +8,8 @@ import torch
 from llama3.errors import CapacityError
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache
+from llama3.shapes import shape_config
+from llama3.weights import random_weights
 from tests.engine_helpers import load_model, poison
 from tests.model_folders import make_model_folder
 
@@ -127,3 +129,21 @@ def test_a_copied_slot_decodes_like_its_source(tmp_path: Path) -> None:
     step = DecodeBatch(torch.tensor([2, 0]).int(), torch.tensor([70, 70]).int(), max_context_len=71)
     logits = model.decode_step(torch.tensor([5, 5]), step, cache)
     torch.testing.assert_close(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+def test_norms_become_part_of_the_matrices_behind_them(dtype: torch.dtype) -> None:
+    plain, weights = (random_weights(shape_config("tiny", num_layers=2), "cpu", dtype) for _ in range(2))
+    for one, other in zip(plain.layers, weights.layers, strict=True):
+        for norm, same in ((one.attn_norm, other.attn_norm), (one.mlp_norm, other.mlp_norm)):
+            same.copy_(norm.uniform_(0.1, 3.0))
+    matrices = [(layer.qkv, layer.gate_up) for layer in weights.layers]
+    weights.fold_norms()
+    weights.fold_norms()  # once is enough
+    for before, after, held in zip(plain.layers, weights.layers, matrices, strict=True):
+        assert after.attn_norm is None and after.mlp_norm is None
+        assert after.qkv is held[0] and after.gate_up is held[1]
+        assert torch.equal(after.qkv, (before.qkv.double() * before.attn_norm.double()).to(dtype))
+        assert torch.equal(after.gate_up, (before.gate_up.double() * before.mlp_norm.double()).to(dtype))
+        assert torch.equal(after.o, before.o) and torch.equal(after.down, before.down)
+    assert len(list(weights.tensors())) == len(list(plain.tensors())) - 4

@@ -24,12 +24,6 @@ __device__ __forceinline__ uint32_t token_offset(int lane) {
     return token * kRowBytes + ((lane / 8) ^ token) * 16;
 }
 
-// Where the norm's weight for columns 2 word, 2 word + 1 lies in shared memory, in words: what a lane needs for its 32
-// columns of a token, words q, q + 4, q + 8, q + 12 of 16, is contiguous.
-__device__ __forceinline__ int norm_place(int word) {
-    return word / 16 * 16 + word % 4 * 4 + word / 4 % 4;
-}
-
 // A warp's accumulators over one tile, for kTokenTiles * 8 tokens.
 template <class Grid, int kTokenTiles, bool kNorm>
 struct Accumulator {
@@ -48,17 +42,15 @@ struct Accumulator {
         for (float& sum : squares) sum = 0;
     }
 
-    // weight, x: this lane's addresses, of the first of the warp's rows and tokens; norm: of the factors for x.
-    __device__ __forceinline__ void add(uint32_t weight, uint32_t x, uint32_t norm, int row_warp) {
+    // weight, x: this lane's addresses, of the first of the warp's rows and tokens.
+    __device__ __forceinline__ void add(uint32_t weight, uint32_t x, int row_warp) {
         uint32_t rows[Grid::kRowTiles][2][4];
 #pragma unroll
         for (int i = 0; i < Grid::kRowTiles; ++i)
 #pragma unroll
             for (int step = 0; step < 2; ++step)
                 common::ldmatrix_x4(rows[i][step], (weight ^ (step * 32)) + i * 16 * kRowBytes);
-        uint32_t factors[4] = {};
-        if (kNorm) common::load_shared(factors, norm);
-        if constexpr (kNorm) {  // of tokens as they are; warps without a tile of their own repeat another's
+        if constexpr (kNorm) {  // warps without a tile of their own repeat another's
 #pragma unroll
             for (int j = 0; j < kOwnTiles; ++j) {
                 uint32_t tokens[4];
@@ -75,12 +67,6 @@ struct Accumulator {
         for (int j = 0; j < kTokenTiles; ++j) {
             uint32_t tokens[4];
             common::ldmatrix_x4(tokens, x + j * 8 * kRowBytes);
-            if constexpr (kNorm) {
-                tokens[0] = common::multiply_pairs(tokens[0], factors[0]),
-                tokens[1] = common::multiply_pairs(tokens[1], factors[1]);
-                tokens[2] = common::multiply_pairs(tokens[2], factors[2]),
-                tokens[3] = common::multiply_pairs(tokens[3], factors[3]);
-            }
 #pragma unroll
             for (int step = 0; step < 2; ++step)
 #pragma unroll
