@@ -93,7 +93,8 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     Params p{};
     p.residual = q.residual, p.out = q.out, p.squares = squares;
     p.num_tokens = q.num_tokens, p.num_rows = q.num_rows, p.size = q.size, p.eps = q.eps;
-    p.splits = plan.splits, p.trigger = plan.trigger;
+    p.splits = plan.splits, p.trigger = plan.trigger, p.share = plan.share;
+    require(plan.share == 1 || (plan.share == 2 && plan.splits == 1), "share");
     p.tile_rows = plan.tile_rows, p.units = plan.tile_rows / kUnitRows;
     const int bytes_of_stage = stage_bytes(p.tile_rows, tokens);
     p.steps = q.size / kStageColumns;
@@ -113,21 +114,22 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     const void* kernel = select_kernel(q.form, tokens, p.tile_rows > kShortRows);
     common::allow_shared_memory(kernel, common::shared_memory_limit(), true);
     CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, p.tile_rows);
-    CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens);
+    CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens / plan.share);
 
     cudaLaunchAttribute attributes[2]{};
     attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = p.splits;
+    attributes[0].val.clusterDim.x = p.splits * p.share;
     attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(divide_up(q.num_rows, p.tile_rows) * p.splits);
+    config.gridDim = dim3(divide_up(divide_up(q.num_rows, p.tile_rows), p.share) * p.share * p.splits);
     config.blockDim = dim3(threads(q.form));
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
-    config.attrs = p.splits > 1 ? attributes : attributes + 1;
-    config.numAttrs = (p.splits > 1) + overlap;
+    const bool clustered = p.splits * p.share > 1;
+    config.attrs = clustered ? attributes : attributes + 1;
+    config.numAttrs = clustered + overlap;
     void* arguments[] = {&weight, &x, &p};
     CHECK_CUDA(cudaLaunchKernelExC(&config, kernel, arguments));
 }

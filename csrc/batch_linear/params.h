@@ -31,11 +31,11 @@ constexpr int rows_per_output(Form form) {
 }
 
 // Tokens that a kernel is compiled for; others run in the next larger one.
-constexpr int kTokenCounts[] = {32, 48, 64, 96, 128};
+constexpr int kTokenCounts[] = {16, 32, 48, 64, 96, 128};
 
 // Whether tiles may have more than kShortRows: only SwiGLU's products have so many rows that it pays.
 constexpr bool may_be_tall(Form form, int tokens) {
-    return form == Form::kNormSwiGlu && tokens <= 64;
+    return tokens <= 64;
 }
 
 constexpr int padded_tokens(int tokens) {
@@ -61,6 +61,7 @@ struct Params {
     float eps;
     int tile_rows, units;       // weight rows of a tile, and units of them
     int splits, stages, steps;  // steps: of kStageColumns, over all splits
+    int share;                  // blocks of a cluster that have neighbouring tiles, and bring x for each other
     int ahead;                  // stages of weight that are asked for before the previous kernel has ended
     int trigger;                // the next kernel may start when this many stages are left to ask for
     int tail_offset;            // in shared memory

@@ -17,7 +17,7 @@ from llama3.ops import elementwise, one_kernel
 from llama3.ops.one_kernel import FORMS, LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU, squares_argument
 from llama3.ops.skinny_linear import NARROW
 
-TOKEN_COUNTS = (32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
+TOKEN_COUNTS = (16, 32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
 MIN_TOKENS, MAX_TOKENS = 17, TOKEN_COUNTS[-1]  # up to 16, csrc/skinny_linear/ is faster
 # With more tokens than this cuBLASLt is faster on GPUs of fast memory, and SwiGLU's tiles have 128 rows at most.
 FAST_MEMORY_TOKENS = MAX_TALL_TOKENS = 64
@@ -52,6 +52,7 @@ class Plan(NamedTuple):
     trigger: int = TRIGGER
     tile_rows: int = TILE_ROWS
     ahead: int = MAX_STAGES
+    share: int = 1
 
 
 def norm_linear(
