@@ -136,7 +136,7 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
 #pragma unroll
             for (int chunk = 0; chunk < Grid::kChunks; ++chunk) {
                 const uint32_t other_half = chunk * 64;
-                accumulator.add((weight + offset) ^ other_half, (x + offset) ^ other_half, row_warp);
+                accumulator.add((weight + offset) ^ other_half, (x + offset) ^ other_half);
             }
             common::release_stage_behind(b.empty(cursor.stage), lane, accumulator.all_bits());
             cursor.advance(p.stages);
