@@ -15,7 +15,7 @@ import torch
 from benchmarks.decode_products import Step
 from benchmarks.layer import product_shapes
 from benchmarks.sustained import GpuLog, measure
-from llama3.ops import batch_linear, linear
+from llama3.ops import batch_linear, gemm, gemm_search, linear
 from llama3.ops.batch_linear import Plan
 
 KIB = 1 << 10
@@ -84,6 +84,14 @@ def main() -> None:
                     first = report(f"{case} {name}", decode, log, first)
             del decode
             torch.cuda.empty_cache()
+        decode, first = step.decode(256, 192), None
+        for ahead in (8, 1, 2, 3, 8):
+            with mock.patch.object(gemm, "AHEAD", ahead):
+                first = report(f"(256, 192), stages asked for early: {ahead}", decode, log, first)
+        for (product, kind), plan in gemm_search._fused.items():
+            print(f"  {kind}, {product.num_rows} x {product.size}: {plan}")
+        del decode
+        torch.cuda.empty_cache()
         counts = batch_linear.TOKEN_COUNTS
         for case in ((16, 128), (16, 3072), (8, 128)):
             decode = step.decode(*case)

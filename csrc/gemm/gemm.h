@@ -49,6 +49,7 @@ int64_t workspace_bytes(int clusters);
 
 struct Launch {
     common::Dtype dtype;
+    int ahead;  // stages of weight asked for before the previous kernel has ended, at most
     cudaStream_t stream;
 };
 

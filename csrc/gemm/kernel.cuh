@@ -101,7 +101,7 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
                  (tile.token * kCluster + rank) * kTileTokens);
     };
     const Tile first = tile_at<Shape::kSplits>(t, blockIdx.x / kCluster);
-    const int ahead = min(Shape::kStages, first.steps);
+    const int ahead = min(min(Shape::kStages, t.ahead), first.steps);
     for (int step = 0; step < ahead; ++step) load_weight(step, step, first);
     common::wait_for_previous_kernel();
     common::allow_next_kernel();

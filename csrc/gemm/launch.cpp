@@ -166,6 +166,7 @@ void launch(const Gemm& g, const Plan& plan, const Workspace& workspace, const L
     require(kernel.function, "no kernel for this dtype and epilogue makes tiles of " + std::to_string(plan.rows) +
                                  " rows in " + std::to_string(plan.splits) + " parts; all have 256 in 1 part");
     Tiling tiling = tiling_of(g, plan);
+    tiling.ahead = how.ahead;
     check_squares(g, plan, tiling);
     Exchange exchange = exchange_in(workspace, plan, tiling.parts);
     common::allow_shared_memory(kernel.function, kernel.shared_bytes);

@@ -55,6 +55,7 @@ struct Tiling {
     int tiles_tokens, tiles_rows;  // in tiles of a cluster
     int steps;                     // of kStageColumns along the inner dimension
     int parts;                     // of all tiles: what the clusters share out
+    int ahead;                     // stages of weight asked for before the previous kernel has ended, at most
 };
 
 // Of the norm before a product, or of the one behind it.

@@ -20,6 +20,7 @@ PLAIN, RESIDUAL, SWIGLU = range(3)  # the numbers of gemm::Epilogue
 TILE = 256  # tokens of a tile of two multiprocessors, and weight rows of the tallest
 BLOCK_TOKENS = TILE // 2
 STAGE_COLUMNS = 64
+AHEAD = 8  # stages of weight asked for before the previous kernel has ended, at most
 MUCH_LESS = 0.95  # of the time by rows: tiles of fewer rows read x more often
 MIN_OCCUPANCY = 0.85  # with more of the GPU idle in the last round of tiles, cuBLASLt's smaller tiles win
 
@@ -218,7 +219,7 @@ def _launch(
     operands = (x.data_ptr(), weight.data_ptr(), 0 if residual is None else residual.data_ptr(), out.data_ptr())
     sizes = (x.shape[0], weight.shape[0], x.shape[1])
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    how = plan._asdict() | scratch | squares_argument(op, squares, x) | {"eps": eps}
+    how = plan._asdict() | scratch | squares_argument(op, squares, x) | {"eps": eps, "ahead": AHEAD}
     library().gemm(*operands, *sizes, epilogue, DTYPES[x.dtype], stream=stream, **how)
     return out
 
