@@ -25,11 +25,11 @@ SHARE: Chosen = {"gate-up": Plan(1, 200 * KIB, 0, 224, 2, share=2)}
 SHARE_4: Chosen = {"gate-up": Plan(1, 200 * KIB, 0, 224, 4, share=2)}
 DOWN: Chosen = {"down": Plan(4, 200 * KIB, 0, 144)}
 DOWN_150: Chosen = {"down": Plan(4, 150 * KIB, 0, 144)}
-O: Chosen = {"o": Plan(4, 200 * KIB, 0, 144)}
+ATTN_OUT: Chosen = {"o": Plan(4, 200 * KIB, 0, 144)}
 QKV: Chosen = {"qkv": Plan(4, 200 * KIB, 0, 208, 2)}
 BASE: Chosen = {}
 TRIALS = {"base": BASE, "share": SHARE, "share, 4 ahead": SHARE_4, "down 4 x 144": DOWN, "with 150 KB": DOWN_150}
-TRIALS |= {"o 4 x 144": O, "qkv 4 x 208": QKV, "share and down": SHARE | DOWN, "all": SHARE | DOWN | O | QKV}
+TRIALS |= {"o 4 x 144": ATTN_OUT, "qkv 4 x 208": QKV, "share and down": SHARE | DOWN, "all": SHARE | DOWN | ATTN_OUT | QKV}
 TRIALS |= {"base again": BASE}
 
 

@@ -46,6 +46,8 @@ void check(const Problem& q, const Squares& squares, const Plan& plan) {
     require(plan.tile_rows >= kMinTileRows && plan.tile_rows <= tallest && plan.tile_rows % kUnitRows == 0,
             "tile_rows is " + std::to_string(plan.tile_rows) + "; supported here: multiples of " +
                 std::to_string(kUnitRows) + " from " + std::to_string(kMinTileRows) + " to " + std::to_string(tallest));
+    require(plan.share == 1 || (plan.share == 2 && plan.splits == 1),
+            "share is " + std::to_string(plan.share) + "; supported here: 1" + (plan.splits == 1 ? " or 2" : ""));
     require(plan.ahead >= 0, "ahead is " + std::to_string(plan.ahead) + "; expected 0 or more stages");
     require((q.form == Form::kLinearAdd) == (q.residual != nullptr),
             "a residual belongs to linear_add, and to no other");
@@ -94,7 +96,6 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     p.residual = q.residual, p.out = q.out, p.squares = squares;
     p.num_tokens = q.num_tokens, p.num_rows = q.num_rows, p.size = q.size, p.eps = q.eps;
     p.splits = plan.splits, p.trigger = plan.trigger, p.share = plan.share;
-    require(plan.share == 1 || (plan.share == 2 && plan.splits == 1), "share");
     p.tile_rows = plan.tile_rows, p.units = plan.tile_rows / kUnitRows;
     const int bytes_of_stage = stage_bytes(p.tile_rows, tokens);
     p.steps = q.size / kStageColumns;
