@@ -18,8 +18,6 @@ const void* instantiate(bool tall) {
 template <Form kForm>
 const void* instantiate(int tokens, bool tall) {
     switch (tokens) {
-        case 16:
-            return instantiate<16, kForm>(tall);
         case 32:
             return instantiate<32, kForm>(tall);
         case 48:

@@ -5,9 +5,8 @@
 // inner dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for
 // weight before the previous kernel has ended, because weights are constants: with half of an SM's shared memory each,
 // this kernel's ring fills while the previous kernel's blocks still work. Two warpgroups multiply, with weights as the
-// tensor cores' rows and tokens as their columns, straight from shared memory. RMSNorm costs no pass over x:
-// its weight is part of `weight`, the product that makes x leaves sums of its squares, and the one behind scales its
-// own.
+// tensor cores' rows and tokens as their columns, straight from shared memory. RMSNorm costs no pass over x: the
+// product that makes x leaves the norm's parts (NormParts), and the one that needs them scales sums.
 //
 // weight [num_rows, size], x [num_tokens, size], out [num_tokens, num_rows] (see Params); all contiguous bf16. weight
 // is read before the previous kernel has ended: it must have been written by an earlier one.
@@ -31,16 +30,6 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map
         : "memory");
 }
 
-// The same to the same place in both blocks of a cluster; each one's barrier counts it.
-__device__ __forceinline__ void copy_box_to_both(uint32_t target, const CUtensorMap* map, uint32_t barrier, int column,
-                                                 int row, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-        " [%0], [%1, {%3, %4}], [%2], %6, %5;" ::"r"(target),
-        "l"(map), "r"(barrier), "r"(column), "r"(row), "l"(policy), "h"(uint16_t(3))
-        : "memory");
-}
-
 // The warp that fills the ring: one lane of it copies. begin() asks for constants only.
 template <int kTokens>
 struct Producer {
@@ -57,14 +46,8 @@ struct Producer {
     }
     __device__ __forceinline__ void copy_x(int stage, int step) {
         if (!common::elect_one()) return;
-        const uint32_t to = b.base + stage * bytes + row_bytes(p.tile_rows);
-        const int column = (b.first_step + step) * kStageColumns;
-        if (p.share == 1) {
-            copy_box(to, x, b.full(stage), column, 0, common::kEvictLast);
-        } else {
-            const int first = common::cluster_rank() * (kTokens / 2);
-            copy_box_to_both(to + row_bytes(first), x, b.full(stage), column, first, common::kEvictLast);
-        }
+        copy_box(b.base + stage * bytes + row_bytes(p.tile_rows), x, b.full(stage),
+                 (b.first_step + step) * kStageColumns, 0, common::kEvictLast);
     }
     __device__ __forceinline__ void begin() {
 #pragma unroll 1
@@ -75,7 +58,6 @@ struct Producer {
     __device__ __forceinline__ void run() {
         common::wait_for_previous_kernel();
         if (b.steps - ahead <= p.trigger) common::allow_next_kernel();
-        if (p.share > 1) common::cluster_wait();  // the other block's barriers exist
 #pragma unroll 1
         for (int step = 0; step < ahead; ++step) copy_x(step, step);
         int stage = ahead % p.stages;
@@ -99,7 +81,6 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     common::wait_for_previous_kernel();
     Finisher<kTokens, kForm, kTall> finisher(p, b);
     finisher.begin();
-    if (p.share > 1) common::cluster_wait();
     const int last_step = p.splits > 1 ? finisher.own.last_step(p) : b.steps;  // before peers may send
 
     Sums<kTokens, kTall> sums;
@@ -132,11 +113,7 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
         }
         wgmma_commit();
         wgmma_wait<1>();
-        if (p.share == 1) {
-            if (step > 0 && lane == 0) common::mbarrier_arrive(b.empty(before));
-        } else if (step > 0 && lane < 2 && step - 1 + p.stages < b.steps) {  // later ones nobody waits for
-            common::arrive_remote(common::in_block(b.empty(before), lane));
-        }
+        if (step > 0 && lane == 0) common::mbarrier_arrive(b.empty(before));
         if (step == last_step + 1) allow_sending(p, b, lane);
         before = stage;
         if (++stage == p.stages) stage = 0, phase ^= 1;
@@ -172,7 +149,7 @@ __global__ void __launch_bounds__(threads(kForm), kTokens <= 64 && !kTall && kFo
     if (common::elect_one()) {  // each barrier is an instruction of some fifty cycles: every warp makes a few
         for (int i = warp; i < p.stages; i += threads(kForm) / 32) {
             common::mbarrier_init(b.full(i), 1);
-            common::mbarrier_init(b.empty(i), kConsumerWarps * p.share);
+            common::mbarrier_init(b.empty(i), kConsumerWarps);
         }
         if (warp == kConsumerWarps) {
             common::mbarrier_init(b.drained(), kConsumerWarps * p.splits);
@@ -187,7 +164,7 @@ __global__ void __launch_bounds__(threads(kForm), kTokens <= 64 && !kTall && kFo
         if (p.splits > 1 && common::elect_one()) common::mbarrier_expect(b.received(), sent_bytes<kTokens>(p, b));
         __syncwarp();
     }
-    if (p.splits > 1 || p.share > 1) common::cluster_arrive();
+    if (p.splits > 1) common::cluster_arrive();
     if (warp < kConsumerWarps) {
         consume<kTokens, kForm, kTall>(p, b);
     } else if (warp == kConsumerWarps) {
@@ -195,7 +172,7 @@ __global__ void __launch_bounds__(threads(kForm), kTokens <= 64 && !kTall && kFo
         if (p.splits > 1) common::cluster_wait();
     } else if constexpr (has_norm(kForm)) {
         make_scales<kTokens>(p, b);
-        if (p.splits > 1 || p.share > 1) common::cluster_wait();
+        if (p.splits > 1) common::cluster_wait();
     }
 #else
     __trap();  // the host launches this on compute capability 9.0 only

@@ -22,17 +22,22 @@ int divide_up(int a, int b) {
     return (a + b - 1) / b;
 }
 
-void check_squares(const Problem& q, const Squares& squares) {
-    const std::string found = "there are " + std::to_string(squares.count) + " sums of squares a token; expected ";
+void check_norm(const Problem& q, const NormParts& parts) {
+    require((q.form == Form::kLinearAdd) == (q.residual != nullptr),
+            "a residual belongs to linear_add, and to no other");
     if (has_norm(q.form)) {
-        require(squares.sums && squares.count >= 1, found + "1 or more, of x");
-    } else {
-        const int count = squares.sums ? q.num_rows / kUnitRows : 0;
-        require(squares.count == count, found + std::to_string(count) + ", of out");
+        require(parts.squares && parts.count >= 1 && !parts.weighted && !q.norm,
+                "a product with a norm takes sums of squares, and as x what was weighted; no other norm follows");
+        return;
     }
+    require(bool(q.norm) == bool(parts.weighted) && bool(q.norm) == bool(parts.squares),
+            "linear_add leaves both parts of the norm that it is given, or none");
+    const int count = q.norm ? q.num_rows / kUnitRows : 0;
+    require(parts.count == count, "there is room for " + std::to_string(parts.count) +
+                                      " sums of squares a token; expected " + std::to_string(count));
 }
 
-void check(const Problem& q, const Squares& squares, const Plan& plan) {
+void check(const Problem& q, const NormParts& parts, const Plan& plan) {
     require(q.num_tokens >= 1 && q.num_tokens <= kMaxTokens,
             "num_tokens is " + std::to_string(q.num_tokens) + "; supported: 1 to " + std::to_string(kMaxTokens));
     require(q.size >= kStageColumns && q.size % kStageColumns == 0,
@@ -46,17 +51,18 @@ void check(const Problem& q, const Squares& squares, const Plan& plan) {
     require(plan.tile_rows >= kMinTileRows && plan.tile_rows <= tallest && plan.tile_rows % kUnitRows == 0,
             "tile_rows is " + std::to_string(plan.tile_rows) + "; supported here: multiples of " +
                 std::to_string(kUnitRows) + " from " + std::to_string(kMinTileRows) + " to " + std::to_string(tallest));
-    require(plan.share == 1 || (plan.share == 2 && plan.splits == 1),
-            "share is " + std::to_string(plan.share) + "; supported here: 1" + (plan.splits == 1 ? " or 2" : ""));
     require(plan.ahead >= 0, "ahead is " + std::to_string(plan.ahead) + "; expected 0 or more stages");
-    require((q.form == Form::kLinearAdd) == (q.residual != nullptr),
-            "a residual belongs to linear_add, and to no other");
-    check_squares(q, squares);
+    check_norm(q, parts);
     const struct {
         const char* name;
         const void* pointer;
-    } operands[] = {
-        {"x", q.x}, {"weight", q.weight}, {"out", q.out}, {"residual", q.residual}, {"squares", squares.sums}};
+    } operands[] = {{"x", q.x},
+                    {"weight", q.weight},
+                    {"out", q.out},
+                    {"next_norm", q.norm},
+                    {"residual", q.residual},
+                    {"weighted", parts.weighted},
+                    {"squares", parts.squares}};
     for (const auto& operand : operands)
         require(reinterpret_cast<uintptr_t>(operand.pointer) % 16 == 0,
                 std::string(operand.name) + " must be 16-byte aligned");
@@ -88,14 +94,14 @@ const void* select_kernel(Form form, int tokens, bool tall) {
 
 }  // namespace
 
-void launch(const Problem& q, const Squares& squares, const Plan& plan, bool overlap, cudaStream_t stream) {
-    check(q, squares, plan);
+void launch(const Problem& q, const NormParts& parts, const Plan& plan, bool overlap, cudaStream_t stream) {
+    check(q, parts, plan);
     const int tokens = padded_tokens(q.num_tokens);
 
     Params p{};
-    p.residual = q.residual, p.out = q.out, p.squares = squares;
+    p.residual = q.residual, p.out = q.out, p.next_norm = q.norm, p.parts = parts;
     p.num_tokens = q.num_tokens, p.num_rows = q.num_rows, p.size = q.size, p.eps = q.eps;
-    p.splits = plan.splits, p.trigger = plan.trigger, p.share = plan.share;
+    p.splits = plan.splits, p.trigger = plan.trigger;
     p.tile_rows = plan.tile_rows, p.units = plan.tile_rows / kUnitRows;
     const int bytes_of_stage = stage_bytes(p.tile_rows, tokens);
     p.steps = q.size / kStageColumns;
@@ -115,22 +121,21 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     const void* kernel = select_kernel(q.form, tokens, p.tile_rows > kShortRows);
     common::allow_shared_memory(kernel, common::shared_memory_limit(), true);
     CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, p.tile_rows);
-    CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens / plan.share);
+    CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens);
 
     cudaLaunchAttribute attributes[2]{};
     attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = p.splits * p.share;
+    attributes[0].val.clusterDim.x = p.splits;
     attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(divide_up(divide_up(q.num_rows, p.tile_rows), p.share) * p.share * p.splits);
+    config.gridDim = dim3(divide_up(q.num_rows, p.tile_rows) * p.splits);
     config.blockDim = dim3(threads(q.form));
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
-    const bool clustered = p.splits * p.share > 1;
-    config.attrs = clustered ? attributes : attributes + 1;
-    config.numAttrs = clustered + overlap;
+    config.attrs = p.splits > 1 ? attributes : attributes + 1;
+    config.numAttrs = (p.splits > 1) + overlap;
     void* arguments[] = {&weight, &x, &p};
     CHECK_CUDA(cudaLaunchKernelExC(&config, kernel, arguments));
 }

@@ -6,17 +6,19 @@
 
 namespace batch_linear {
 
+// `norm` of a Problem is that which follows linear_add, or null; other forms take theirs as NormParts, one of which is
+// x.
 using common::Problem;
 
 // splits: blocks of the cluster that makes a tile of tile_rows. trigger: stages left to ask for when the next kernel
 // may start. shared_bytes: the most that a block may use. ahead: stages of weight that are asked for before the
 // previous kernel has ended, if the ring has so many.
 struct Plan {
-    int splits, trigger, shared_bytes, tile_rows, ahead, share;
+    int splits, trigger, shared_bytes, tile_rows, ahead;
 };
 
 // Throws std::invalid_argument for what the kernel does not support (before any CUDA call), std::runtime_error if CUDA
 // fails. `overlap`: programmatic dependent launch.
-void launch(const Problem& problem, const Squares& squares, const Plan& plan, bool overlap, cudaStream_t stream);
+void launch(const Problem& problem, const NormParts& parts, const Plan& plan, bool overlap, cudaStream_t stream);
 
 }  // namespace batch_linear

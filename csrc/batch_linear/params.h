@@ -18,7 +18,7 @@ constexpr int kMaxStages = 14;
 constexpr int kScaleWarps = 4;  // sum up squares where there is a norm
 constexpr int kConsumers = kConsumerWarps * 32, kScaleThreads = kScaleWarps * 32;
 
-using common::Form, common::has_norm, common::Squares;
+using common::Form, common::has_norm;
 
 // Threads of a block: those that multiply, the warp that copies, and with a norm those that make its scales.
 constexpr int threads(Form form) {
@@ -31,11 +31,11 @@ constexpr int rows_per_output(Form form) {
 }
 
 // Tokens that a kernel is compiled for; others run in the next larger one.
-constexpr int kTokenCounts[] = {16, 32, 48, 64, 96, 128};
+constexpr int kTokenCounts[] = {32, 48, 64, 96, 128};
 
 // Whether tiles may have more than kShortRows: only SwiGLU's products have so many rows that it pays.
 constexpr bool may_be_tall(Form form, int tokens) {
-    return tokens <= 64;
+    return form == Form::kNormSwiGlu && tokens <= 64;
 }
 
 constexpr int padded_tokens(int tokens) {
@@ -53,15 +53,24 @@ constexpr __host__ __device__ int owner_of(int unit, int units, int splits) {
     return ((unit + 1) * splits - 1) / units;
 }
 
+// RMSNorm of h [num_tokens, n] in two parts, which the product that makes h leaves: weighted [num_tokens, n], h times
+// the norm's weight, and squares [count, num_tokens], whose sum over `count` is that of a token's squares. The product
+// that wants the norm multiplies `weighted`, and each token's sums by rsqrt(its squares / n + eps).
+struct NormParts {
+    void* weighted;
+    float* squares;
+    int count;
+};
+
 struct Params {
-    const void* residual;  // [num_tokens, num_rows] or null
-    void* out;             // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]
-    Squares squares;       // linear_add's have a sum for each unit of its rows
+    const void* residual;   // [num_tokens, num_rows] or null
+    void* out;              // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]
+    const void* next_norm;  // [num_rows] or null: linear_add leaves `parts` for the norm that follows
+    NormParts parts;        // linear_add's have a sum for each unit of its rows
     int num_tokens, num_rows, size;
     float eps;
     int tile_rows, units;       // weight rows of a tile, and units of them
     int splits, stages, steps;  // steps: of kStageColumns, over all splits
-    int share;                  // blocks of a cluster that have neighbouring tiles, and bring x for each other
     int ahead;                  // stages of weight that are asked for before the previous kernel has ended
     int trigger;                // the next kernel may start when this many stages are left to ask for
     int tail_offset;            // in shared memory

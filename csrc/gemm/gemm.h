@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "common/linear.h"
 #include "common/types.cuh"
 
 namespace gemm {
@@ -18,17 +17,11 @@ enum class Epilogue : int {
 // x [num_tokens, size], weight [num_rows, size], out and residual [num_tokens, num_rows] (kSwiglu: out [num_tokens,
 // num_rows / 2]); all contiguous and 16-byte aligned. Any num_tokens; num_rows and size are multiples of 8, with
 // kSwiglu num_rows of 16.
-//
-// RMSNorm before a product is its weight, which is part of the product's, and a scale of each token. With squares of x,
-// kPlain and kSwiglu scale their sums. kResidual may leave those of out, one for each part of each tile's rows, where
-// the inner dimension is split.
 struct Gemm {
     const void *x, *weight, *residual;
     void* out;
     int num_tokens, num_rows, size;
     Epilogue epilogue;
-    common::Squares squares;
-    float eps;  // of the norm before
 };
 
 // How it is computed: weight rows of a tile; in how many parts its inner dimension is split, each worked on by a
@@ -49,7 +42,6 @@ int64_t workspace_bytes(int clusters);
 
 struct Launch {
     common::Dtype dtype;
-    int ahead;  // stages of weight asked for before the previous kernel has ended, at most
     cudaStream_t stream;
 };
 

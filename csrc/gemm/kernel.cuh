@@ -7,8 +7,6 @@
 //   load     x and weight, 64 columns of the inner dimension a stage, into a ring    runs ahead into the next tile
 //   math     ring -> accumulators -> staging buffers                                 one warpgroup an epilogue behind
 //   store    staging buffers -> out; brings the residual into a buffer before math fills it
-//   scale    sums of squares -> RMSNorm's scale of each token, if x is one part of a norm     runs ahead into the next
-//   tile
 // The second warpgroup starts each tile kLead stages after the first: while one is in its epilogue, the other has the
 // tensor cores to itself.
 //
@@ -61,23 +59,15 @@ struct Cursor {
 
 template <typename Shape>
 struct Shared {
-    uint32_t ring, buffers;             // addresses
-    uint32_t full, empty;               // of the ring's stages
-    uint32_t ready, staged;             // of the staging buffers: may be filled, are filled
-    uint32_t scaled, unscaled, scales;  // scales of a tile's tokens, and their barriers: are there, may be overwritten
+    uint32_t ring, buffers;  // addresses
+    uint32_t full, empty;    // of the ring's stages
+    uint32_t ready, staged;  // of the staging buffers: may be filled, are filled
     __device__ __forceinline__ static Shared at(uint32_t base) {
         const uint32_t barriers = base + Shape::kBytes;
         const uint32_t of_buffers = barriers + 2 * 8 * Shape::kStages;
-        const uint32_t of_scales = of_buffers + 2 * 8 * kMathGroups * Shape::kBuffers;
-        return {base,
-                base + Shape::kRingBytes,
-                barriers,
-                barriers + 8 * Shape::kStages,
-                of_buffers,
-                of_buffers + 8 * kMathGroups * Shape::kBuffers,
-                of_scales,
-                of_scales + 8,
-                barriers + kBarrierBytes};
+        return {base,       base + Shape::kRingBytes,
+                barriers,   barriers + 8 * Shape::kStages,
+                of_buffers, of_buffers + 8 * kMathGroups * Shape::kBuffers};
     }
 };
 
@@ -101,7 +91,7 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
                  (tile.token * kCluster + rank) * kTileTokens);
     };
     const Tile first = tile_at<Shape::kSplits>(t, blockIdx.x / kCluster);
-    const int ahead = min(min(Shape::kStages, t.ahead), first.steps);
+    const int ahead = min(Shape::kStages, first.steps);
     for (int step = 0; step < ahead; ++step) load_weight(step, step, first);
     common::wait_for_previous_kernel();
     common::allow_next_kernel();
@@ -172,47 +162,6 @@ __device__ void store_tiles(const TensorMaps& maps, const Tiling& t, const Share
     wait_stores();
 }
 
-template <typename Shape>
-__device__ void make_scales(const Tiling& t, const Norm& norm, const Shared<Shape>& s, int rank) {
-    constexpr int kOwn = kTileTokens / 32;  // tokens of a lane
-    const int lane = threadIdx.x % 32;
-    common::wait_for_previous_kernel();
-    uint32_t parity = 0;
-    for (int index = blockIdx.x / kCluster; index < t.parts; index += gridDim.x / kCluster, parity ^= 1) {
-        const int first = (tile_at<Shape::kSplits>(t, index).token * kCluster + rank) * kTileTokens + lane;
-        float squares[kOwn] = {};
-#pragma unroll 4
-        for (int i = 0; i < norm.squares.count; ++i) {
-            const float* from = norm.squares.sums + int64_t(i) * norm.num_tokens + first;
-#pragma unroll
-            for (int k = 0; k < kOwn; ++k) squares[k] += first + 32 * k < norm.num_tokens ? __ldcg(from + 32 * k) : 0;
-        }
-        common::mbarrier_wait(s.unscaled, parity ^ 1);
-#pragma unroll
-        for (int k = 0; k < kOwn; ++k)
-            asm volatile("st.shared.f32 [%0], %1;" ::"r"(s.scales + (lane + 32 * k) * 4),
-                         "f"(rsqrtf(squares[k] / norm.size + norm.eps))
-                         : "memory");
-        common::mbarrier_arrive(s.scaled);
-    }
-}
-
-// A warpgroup's sums times the scales of their tokens.
-template <typename Shape>
-__device__ __forceinline__ void scale_sums(float (&d)[Shape::kFragment], const Shared<Shape>& s, int group,
-                                           uint32_t parity) {
-    const int lane = threadIdx.x % 32, row = group * kGroupTokens + threadIdx.x / 32 % 4 * 16 + lane / 4;
-    common::mbarrier_wait(s.scaled, parity);
-    float scale[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(scale[i]) : "r"(s.scales + (row + 8 * i) * 4) : "memory");
-    __syncwarp();
-    if (lane == 0) common::mbarrier_arrive(s.unscaled);
-#pragma unroll
-    for (int i = 0; i < Shape::kFragment; ++i) d[i] *= scale[i / 2 % 2];
-}
-
 __device__ __forceinline__ float silu(float x) {
     return __fdividef(x, 1 + __expf(-x));
 }
@@ -230,51 +179,27 @@ __device__ __forceinline__ uint32_t finish(const float (&d)[Shape::kFragment], i
     }
 }
 
-// For the norm that follows: what a warpgroup has written of two tokens a lane, `squares` in sum over its columns.
-template <typename Shape>
-__device__ __forceinline__ void write_squares(const Norm& norm, const Tile& tile, int group,
-                                              const float (&squares)[2]) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const int token = (tile.token * kCluster + common::cluster_rank()) * kTileTokens + group * kGroupTokens + warp * 16;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        float sum = squares[i];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        const int row = token + lane / 4 + 8 * i, index = tile.row * Shape::kSplits + tile.part;
-        if (lane % 4 == 0 && row < norm.num_tokens) norm.squares.sums[int64_t(index) * norm.num_tokens + row] = sum;
-    }
-}
-
-// A warpgroup's accumulators to its staging buffers, in the order of BoxWalk. squares: of a lane's two tokens, so far.
+// A warpgroup's accumulators to its staging buffers, in the order of BoxWalk.
 template <typename T, typename Shape>
 __device__ __forceinline__ void stage_tile(const float (&d)[Shape::kFragment], const Shared<Shape>& s, int group,
-                                           Cursor<Shape::kBuffers>& at, float (&squares)[2]) {
+                                           Cursor<Shape::kBuffers>& at) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     constexpr int kApart =
         Shape::kEpilogue == Epilogue::kSwiglu ? 8 : 4;  // accumulators from one 8 columns to the next
 #pragma unroll
     for (int box = 0; box < Shape::kBoxes; ++box, at.advance()) {
         const int buffer = group * Shape::kBuffers + at.slot;
-        const int row = (warp * 16 + lane % 16) * (kBoxColumns * 2);
+        const uint32_t row = s.buffers + buffer * kBufferBytes + (warp * 16 + lane % 16) * (kBoxColumns * 2);
         common::mbarrier_wait(s.ready + 8 * buffer, at.parity);
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {  // of 8 columns: matrices (rows 0 to 7, rows 8 to 15) of each
-            const int offset = row + (((2 * pair + lane / 16) ^ (lane % 8)) * 16);
-            const uint32_t address = s.buffers + buffer * kBufferBytes + offset;
+            const uint32_t address = row + (((2 * pair + lane / 16) ^ (lane % 8)) * 16);
             const int unit = box_column<Shape>(box) / 8 + 2 * pair;
             uint32_t words[4] = {};
             if constexpr (Shape::kEpilogue == Epilogue::kResidual) common::ldmatrix_x4(words, address);
 #pragma unroll
             for (int i = 0; i < 4; ++i) words[i] = finish<T, Shape>(d, (unit + i / 2) * kApart + i % 2 * 2, words[i]);
             stmatrix_x4(address, words);
-            if constexpr (Shape::kSumsSquares) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float2 v = common::Pack<T>::to_floats(words[i]);
-                    squares[i % 2] = fmaf(v.x, v.x, fmaf(v.y, v.y, squares[i % 2]));
-                }
-            }
         }
         common::fence_async_proxy();
         common::mbarrier_arrive(s.staged + 8 * buffer);
@@ -282,8 +207,7 @@ __device__ __forceinline__ void stage_tile(const float (&d)[Shape::kFragment], c
 }
 
 template <typename T, typename Shape>
-__device__ void multiply_tiles(const Tiling& t, const Norm& norm, const Exchange& exchange, const Shared<Shape>& s,
-                               int group) {
+__device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const Shared<Shape>& s, int group) {
     const int lane = threadIdx.x % 32;
     static_assert(Shape::kStages < kMinLeadSteps);
     Cursor<Shape::kStages> at;
@@ -292,8 +216,7 @@ __device__ void multiply_tiles(const Tiling& t, const Norm& norm, const Exchange
     auto release = [&](int slot) {
         if (lane < kCluster) arrive_in_block(s.empty + 8 * slot, lane);
     };
-    uint32_t parity = 0;  // of the scales
-    for (int index = blockIdx.x / kCluster; index < t.parts; index += gridDim.x / kCluster, parity ^= 1) {
+    for (int index = blockIdx.x / kCluster; index < t.parts; index += gridDim.x / kCluster) {
         const Tile tile = tile_at<Shape::kSplits>(t, index);
         float d[Shape::kFragment];
         int before = 0;
@@ -315,16 +238,13 @@ __device__ void multiply_tiles(const Tiling& t, const Norm& norm, const Exchange
         wgmma_wait<0>();
         release(before);
         if constexpr (Shape::kSplits > 1) exchange_sums<Shape>(d, exchange, tile.part);
-        if (Shape::kEpilogue != Epilogue::kResidual && norm.squares.sums) scale_sums<Shape>(d, s, group, parity);
-        float squares[2] = {};
-        stage_tile<T, Shape>(d, s, group, buffer, squares);
-        if (Shape::kSumsSquares && norm.squares.sums) write_squares<Shape>(norm, tile, group, squares);
+        stage_tile<T, Shape>(d, s, group, buffer);
     }
 }
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(kThreads, 1)
-    gemm_kernel(const __grid_constant__ TensorMaps maps, Tiling tiling, Norm norm, Exchange exchange) {
+    gemm_kernel(const __grid_constant__ TensorMaps maps, Tiling tiling, Exchange exchange) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ uint8_t shared_memory[];
     const auto s = Shared<Shape>::at((common::shared_address(shared_memory) + 1023) / 1024 * 1024);
@@ -338,8 +258,6 @@ __global__ void __launch_bounds__(kThreads, 1)
             common::mbarrier_init(s.ready + 8 * i, 1);
             common::mbarrier_init(s.staged + 8 * i, 128);
         }
-        common::mbarrier_init(s.scaled, 32);
-        common::mbarrier_init(s.unscaled, kMathWarps);
         common::fence_barrier_init();
     }
     common::cluster_arrive();
@@ -352,11 +270,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (warp == 0) load_tiles<Shape>(maps, tiling, s, rank);
             if (warp == 1 || warp == 2) store_tiles<Shape>(maps, tiling, s, rank, warp - 1);
         }
-        if (warp == 3 && Shape::kEpilogue != Epilogue::kResidual && norm.squares.sums)
-            make_scales<Shape>(tiling, norm, s, rank);
     } else {
         raise_registers<kMathRegisters>();
-        multiply_tiles<T, Shape>(tiling, norm, exchange, s, threadIdx.x / 128);
+        multiply_tiles<T, Shape>(tiling, exchange, s, threadIdx.x / 128);
     }
     __syncwarp();
     common::cluster_arrive();

@@ -13,9 +13,8 @@ constexpr int kThreads = (kMathGroups + 1) * 128;
 constexpr int kXBytes = kTileTokens * kStageColumns * 2;
 constexpr int kBoxColumns = 64;  // of a staging buffer: 64 tokens by 64 columns of out
 constexpr int kBufferBytes = kGroupTokens * kBoxColumns * 2;
-constexpr int kBarrierBytes = 256, kScaleBytes = kTileTokens * 4;
-constexpr int kBehindBytes = 1024 + kBarrierBytes + kScaleBytes;  // 1024: for the alignment
-constexpr int kMostBytes = 227 << 10;                             // of shared memory
+constexpr int kBehindBytes = 1024 + 256;  // alignment, barriers
+constexpr int kMostBytes = 227 << 10;     // of shared memory
 
 // Boxes of weight that make up a tile: as many as blocks bring them, or as parts of the inner dimension finish them.
 constexpr int weight_boxes(int splits) {
@@ -42,9 +41,7 @@ struct Shape {
     static_assert(kColumns >= kBoxColumns && kColumns % 16 == 0);
     static_assert(kEpilogue != Epilogue::kResidual || kColumns % kBoxColumns == 0, "its boxes must not overlap");
     static_assert(kEpilogue != Epilogue::kSwiglu || kSplits == 1);
-    static_assert(8 * 2 * (kStages + kMathGroups * kBuffers + 1) <= kBarrierBytes);
-    static constexpr bool kSumsSquares = kEpilogue == Epilogue::kResidual && kSplits > 1;
-    static_assert(!kSumsSquares || kColumns == kBoxes * kBoxColumns);
+    static_assert(8 * 2 * (kStages + kMathGroups * kBuffers) <= 256, "room for the barriers");
 };
 
 struct TensorMaps {
@@ -55,14 +52,6 @@ struct Tiling {
     int tiles_tokens, tiles_rows;  // in tiles of a cluster
     int steps;                     // of kStageColumns along the inner dimension
     int parts;                     // of all tiles: what the clusters share out
-    int ahead;                     // stages of weight asked for before the previous kernel has ended, at most
-};
-
-// Of the norm before a product, or of the one behind it.
-struct Norm {
-    common::Squares squares;
-    int num_tokens, size;
-    float eps;
 };
 
 // Where the parts of a tile leave sums for each other: a counter for each warp of each block, then the sums.

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 
 from llama3.ops import elementwise, one_kernel
-from llama3.ops.one_kernel import FORMS, LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU, squares_argument
+from llama3.ops.norm_parts import NormParts
+from llama3.ops.one_kernel import FORMS, LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 from llama3.ops.skinny_linear import NARROW
 
-TOKEN_COUNTS = (16, 32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
+TOKEN_COUNTS = (32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
 MIN_TOKENS, MAX_TOKENS = 17, TOKEN_COUNTS[-1]  # up to 16, csrc/skinny_linear/ is faster
 # With more tokens than this cuBLASLt is faster on GPUs of fast memory, and SwiGLU's tiles have 128 rows at most.
 FAST_MEMORY_TOKENS = MAX_TALL_TOKENS = 64
@@ -52,24 +53,31 @@ class Plan(NamedTuple):
     trigger: int = TRIGGER
     tile_rows: int = TILE_ROWS
     ahead: int = MAX_STAGES
-    share: int = 1
 
 
 def norm_linear(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, squares: torch.Tensor | None = None, plan: Plan | None = None
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    parts: NormParts | None = None,
+    plan: Plan | None = None,
 ) -> torch.Tensor:
-    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N].
-
-    squares: sums of those of x, fp32 [P, T]; None: one more kernel sums them. plan: None leaves it to choose_plan.
-    """
-    return _product("norm_linear", x, weight, None, eps, None, squares, plan)
+    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. `parts` of the norm save a kernel that makes them.
+    `plan`: None leaves the choice to choose_plan."""
+    return _product("norm_linear", x, weight, norm, None, eps, None, plan, parts)
 
 
 def norm_swiglu(
-    x: torch.Tensor, gate_up: torch.Tensor, eps: float, squares: torch.Tensor | None = None, plan: Plan | None = None
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    gate_up: torch.Tensor,
+    eps: float,
+    parts: NormParts | None = None,
+    plan: Plan | None = None,
 ) -> torch.Tensor:
     """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
-    return _product("norm_swiglu", x, gate_up, None, eps, None, squares, plan)
+    return _product("norm_swiglu", x, gate_up, norm, None, eps, None, plan, parts)
 
 
 def linear_add(
@@ -80,15 +88,15 @@ def linear_add(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """residual [T, N] + x [T, K] times weight [N, K] -> [T, N], in `out` if given, which may be the residual."""
-    return _product("linear_add", x, weight, residual, 0.0, out, None, plan)
+    return _product("linear_add", x, weight, None, residual, 0.0, out, plan)
 
 
-def linear_add_squares(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, plan: Plan | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """linear_add, and sums of the squares of its result, fp32 [N / 16, T]."""
-    squares = residual.new_empty((residual.shape[1] // UNIT_ROWS, x.shape[0]), dtype=torch.float32)
-    return _product("linear_add", x, weight, residual, 0.0, None, squares, plan), squares
+def linear_add_norm(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor, plan: Plan | None = None
+) -> tuple[torch.Tensor, NormParts]:
+    """linear_add, and the parts of the RMSNorm of its result with weight next_norm [N]."""
+    parts = NormParts.empty(residual, residual.shape[1] // UNIT_ROWS)
+    return _product("linear_add", x, weight, None, residual, 0.0, None, plan, parts, next_norm), parts
 
 
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -165,16 +173,27 @@ def _product(
     op: str,
     x: torch.Tensor,
     weight: torch.Tensor,
+    norm: torch.Tensor | None,
     residual: torch.Tensor | None,
     eps: float,
     out: torch.Tensor | None,
-    squares: torch.Tensor | None,
     plan: Plan | None,
+    parts: NormParts | None = None,
+    next_norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out, arguments = one_kernel.arguments(op, x, weight, residual, eps, out)
-    if squares is None and FORMS[op] != LINEAR_ADD:
-        squares = elementwise.sum_squares(x)
+    out, arguments = one_kernel.arguments(op, x, weight, norm, residual, eps, out)
+    arguments |= {"next_norm": 0, "weighted": 0, "squares": 0, "count": 0}
+    if norm is not None:
+        parts = parts or elementwise.norm_parts(x, norm)
+        parts.check(op, x)
+        arguments["x"] = parts.weighted.data_ptr()
+    elif parts is not None and next_norm is not None:
+        parts.check_norm(op, next_norm)
+        arguments |= {"next_norm": next_norm.data_ptr(), "weighted": parts.weighted.data_ptr()}
+    if parts is not None:
+        arguments |= {"squares": parts.squares.data_ptr(), "count": parts.squares.shape[0]}
+    del arguments["norm"]
     gpu = one_kernel.num_sms(x.device), one_kernel.has_fast_memory(x.device)
     plan = plan or choose_plan(FORMS[op], *x.shape[:1], *weight.shape, *gpu)
-    library().product(**arguments, **plan._asdict(), **squares_argument(op, squares, x))
+    library().product(**arguments, **plan._asdict())
     return out

@@ -11,7 +11,7 @@ import torch
 from llama3.errors import UserError
 from llama3.ops import batch_linear, elementwise, gemm, gemm_search, skinny_linear
 from llama3.ops.cublaslt import ALIGNMENT, Product
-from llama3.ops.gemm import Plan
+from llama3.ops.norm_parts import NormParts
 
 # From here on products alone are as fast in csrc/gemm/ as in cuBLASLt, or faster; SwiGLU, which saves a pass, sooner.
 LARGE_MIN_TOKENS = 4096
@@ -22,43 +22,20 @@ _products: dict[Product, Product] = {}
 
 
 def norm_linear(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
-    squares: torch.Tensor | None = None,
+    x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float, parts: NormParts | None = None
 ) -> torch.Tensor:
-    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. With `squares` of x the norm need not be a kernel."""
-    if norm_weight is None and (one_kernel := _one_kernel(x, weight)):
-        return one_kernel.norm_linear(x, weight, eps, squares)
-
-    def apart(weight: torch.Tensor) -> torch.Tensor:
-        return product(elementwise.rms_norm(x, norm_weight, eps), weight)
-
-    if norm_weight is not None or squares is None or not _is_plain(x, weight):
-        return apart(weight)
-
-    def fused(plan: Plan, weight: torch.Tensor) -> torch.Tensor:
-        return gemm.norm_product(x, squares, weight, eps, plan)
-
-    plan = gemm_search.fused_plan("norm", x, weight, apart, fused, gemm.plans_for(gemm.PLAIN, x, weight))
-    return apart(weight) if plan is None else fused(plan, weight)
+    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. The norm's parts, if any, may take its place."""
+    if one_kernel := _one_kernel(x, weight, norm_weight):
+        return one_kernel.norm_linear(x, norm_weight, weight, eps, parts)
+    return product(elementwise.rms_norm(x, norm_weight, eps), weight)
 
 
 def norm_swiglu(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    gate_up: torch.Tensor,
-    eps: float,
-    squares: torch.Tensor | None = None,
+    x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float, parts: NormParts | None = None
 ) -> torch.Tensor:
     """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
-    if norm_weight is None and (one_kernel := _one_kernel(x, gate_up)):
-        return one_kernel.norm_swiglu(x, gate_up, eps, squares)
-    if norm_weight is None and squares is not None and _is_plain(x, gate_up):
-        plan = _norm_swiglu_plan(x, squares, gate_up, eps)
-        if plan is not None:
-            return gemm.norm_swiglu(x, squares, gate_up, eps, plan)
+    if one_kernel := _one_kernel(x, gate_up, norm_weight):
+        return one_kernel.norm_swiglu(x, norm_weight, gate_up, eps, parts)
     normed = elementwise.rms_norm(x, norm_weight, eps)
 
     def apart(weight: torch.Tensor) -> torch.Tensor:
@@ -68,16 +45,6 @@ def norm_swiglu(
     return apart(gate_up) if plan is None else gemm.swiglu(normed, gate_up, plan)
 
 
-def _norm_swiglu_plan(x: torch.Tensor, squares: torch.Tensor, gate_up: torch.Tensor, eps: float) -> Plan | None:
-    def apart(weight: torch.Tensor) -> torch.Tensor:
-        return elementwise.silu_mul(product(elementwise.rms_norm(x, None, eps), weight))
-
-    def fused(plan: Plan, weight: torch.Tensor) -> torch.Tensor:
-        return gemm.norm_swiglu(x, squares, weight, eps, plan)
-
-    return gemm_search.fused_plan("norm, SwiGLU", x, gate_up, apart, fused, gemm.compiled(gemm.SWIGLU, x.dtype))
-
-
 def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """residual [T, N] + x [T, K] times weight [N, K] -> [T, N]; the sum is rounded once, the residual is not copied."""
     if one_kernel := _one_kernel(x, weight, residual):
@@ -85,39 +52,23 @@ def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) ->
     return product(x, weight, residual)
 
 
-def linear_add_squares(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """linear_add, and sums of the squares of its result, fp32 [P, T], where the norm that follows gains by them."""
+def linear_add_norm(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor
+) -> tuple[torch.Tensor, NormParts | None]:
+    """linear_add, and the parts of the RMSNorm of its result with weight next_norm [N], where those help."""
     if one_kernel := _one_kernel(x, weight, residual):
-        return one_kernel.linear_add_squares(x, weight, residual)
-
-    def apart(weight: torch.Tensor) -> torch.Tensor:
-        return elementwise.rms_norm(product(x, weight, residual), None, 0.0)
-
-    def fused(plan: Plan, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return gemm.linear_add_squares(x, weight, residual, plan)
-
-    if _is_plain(x, weight, residual):
-        plans = [plan for plan in gemm.plans_for(gemm.RESIDUAL, x, weight) if plan.splits > 1]
-        plan = gemm_search.fused_plan("squares", x, weight, apart, fused, plans)
-        if plan is not None:
-            return fused(plan, weight)
+        return one_kernel.linear_add_norm(x, weight, residual, next_norm)
     return product(x, weight, residual), None
 
 
-def _one_kernel(*operands: torch.Tensor) -> ModuleType | None:
-    """The family of kernels that runs a whole op on x, its weight and perhaps a residual, and is the fastest there."""
-    if not _is_plain(*operands):
+def _one_kernel(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> ModuleType | None:
+    """The family of kernels that runs a whole op on these tensors, and is the fastest for their shapes."""
+    if x.dim() != 2 or weight.dim() != 2:
         return None
-    x, weight = operands[:2]
     shape = (x.shape[0], *weight.shape, x.dtype, x.device)
+    if not all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, weight, other)):
+        return None
     return next((family for family in ONE_KERNEL if family.pays(*shape)), None)
-
-
-def _is_plain(*operands: torch.Tensor) -> bool:
-    """Whether our kernels can read them: matrices, contiguous and aligned."""
-    return all(t.dim() == 2 and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in operands)
 
 
 def product(
