@@ -55,9 +55,12 @@ class Step:
 
     def decode(self, num_tokens: int, context: int) -> Callable[[], torch.Tensor]:
         """One step over a cache of `context` tokens a row, without sampling."""
-        cache, batch, rope = self.cached(num_tokens, context)
+        return self.decode_over(*self.cached(num_tokens, context))
+
+    def decode_over(self, cache: KVCache, batch: DecodeBatch, rope: RopeTable) -> Callable[[], torch.Tensor]:
+        """The same over what `cached` has made."""
         model = Transformer(self.config, self.weights, self.ops, rope)
-        ids = torch.arange(num_tokens, device="cuda")
+        ids = torch.arange(batch.slots.numel(), device="cuda")
         return lambda: model.decode_step(ids, batch, cache)
 
     def time(self, num_tokens: int, context: int) -> dict[str, float]:

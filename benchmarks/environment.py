@@ -41,16 +41,20 @@ def gpu_state() -> dict[str, str]:
     return dict(zip(CLOCK_FIELDS, query_gpu(*CLOCK_FIELDS), strict=False))
 
 
+def query_command(*fields: str) -> list[str] | None:
+    """What makes nvidia-smi print a line of values for the first visible GPU; None where there is none."""
+    tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if tool is None or visible == "":  # hidden from CUDA
+        return None
+    first = visible.split(",")[0] if visible else "0"
+    return [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={first}"]
+
+
 def query_gpu(*fields: str) -> list[str]:
     """nvidia-smi's values for the first visible GPU; an empty list where it cannot say."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
+    command = query_command(*fields)
+    if command is None:
         return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible == "":  # hidden from CUDA
-        return []
-    command = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    command += [f"--id={visible.split(',')[0]}"] if visible else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):

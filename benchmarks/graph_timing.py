@@ -30,11 +30,15 @@ def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def replays_microseconds(graph: torch.cuda.CUDAGraph, repeats: int) -> list[float]:
+    """Times of that many replays, after one that does not count."""
+    graph.replay()
+    return [replay_seconds(graph) * 1e6 for _ in range(repeats)]
+
+
 def microseconds(calls: Sequence[Call], repeats: int) -> list[float]:
     """Time of one call, a value a replay of all of them; the first replay does not count."""
-    graph = capture(calls)
-    graph.replay()
-    return [replay_seconds(graph) * 1e6 / len(calls) for _ in range(repeats)]
+    return [time / len(calls) for time in replays_microseconds(capture(calls), repeats)]
 
 
 def median_microseconds(calls: Sequence[Call], repeats: int) -> float:

@@ -7,19 +7,20 @@ lowers it, and then what an op costs is energy as much as time. Random weights i
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.decode_products import REPEATS, Step
-from benchmarks.environment import describe, query_gpu
-from benchmarks.graph_timing import capture, replay_seconds
+from benchmarks.environment import describe, query_command, query_gpu
+from benchmarks.graph_timing import capture, replays_microseconds
 from benchmarks.json_file import write_json
 from benchmarks.text_table import markdown_table, number
 from llama3.errors import UserError
@@ -38,9 +39,9 @@ class Sample(NamedTuple):
 
 
 def parse_sample(line: str, now: float) -> Sample | None:
-    """A line of nvidia-smi without units; None where the GPU does not say."""
+    """A line of nvidia-smi; None where the GPU does not say."""
     try:
-        clock, watts = (float(value) for value in line.split(","))
+        clock, watts = (float(value.strip().partition(" ")[0]) for value in line.split(","))
     except ValueError:
         return None
     return Sample(now, clock, watts)
@@ -53,11 +54,11 @@ class GpuLog:
         self.samples: list[Sample] = []
 
     def __enter__(self) -> "GpuLog":
-        command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
+        command = query_command(*FIELDS)
         self._process = None
-        if query_gpu("name"):
+        if command is not None:
             self._process = subprocess.Popen([*command, f"-lms={PERIOD_MS}"], stdout=subprocess.PIPE, text=True)
-            threading.Thread(target=self._read, daemon=True).start()
+            threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -65,9 +66,8 @@ class GpuLog:
             self._process.terminate()
             self._process.wait()
 
-    def _read(self) -> None:
-        assert self._process is not None and self._process.stdout is not None
-        for line in self._process.stdout:
+    def _read(self, lines: Iterable[str]) -> None:
+        for line in lines:
             if sample := parse_sample(line, time.monotonic()):
                 self.samples.append(sample)
 
@@ -83,7 +83,7 @@ class GpuLog:
 
 def loads(step: Step, num_tokens: int, context: int) -> dict[str, tuple[Callable[[], object], int]]:
     """By name what is run, and how often the op in it: a step; of all layers attention, gate-up, down."""
-    cache, batch, rope = step.cached(num_tokens, context)
+    cached = cache, batch, rope = step.cached(num_tokens, context)
     config, layers, ops, eps = step.config, step.weights.layers, step.ops, step.config.rms_norm_eps
 
     def normal(size: int) -> torch.Tensor:
@@ -104,17 +104,17 @@ def loads(step: Step, num_tokens: int, context: int) -> dict[str, tuple[Callable
             ops.linear_add(mid, layer.down, x)
 
     of_layers = {"attention": attention, "gate-up": gate_up, "down": down}
-    return {"step": (step.decode(num_tokens, context), 1)} | {
+    return {"step": (step.decode_over(*cached), 1)} | {
         name: (run, config.num_layers) for name, run in of_layers.items()
     }
 
 
-def measure(run: Callable[[], object], log: GpuLog, seconds: float) -> dict[str, float | None]:
-    """Microseconds of one run: the median of a few replays after a rest, and the mean over `seconds` under load, from
-    half of them on."""
+def measure(run: Callable[[], object], calls: int, log: GpuLog, seconds: float) -> dict[str, float | None]:
+    """Microseconds of one of a run's `calls`: the median of a few replays after a rest, and the mean over `seconds`
+    under load, after half as many."""
     time.sleep(0.5)
     graph = capture([run])
-    burst = sorted(replay_seconds(graph) for _ in range(REPEATS + 1))[REPEATS // 2]
+    burst = statistics.median(replays_microseconds(graph, REPEATS))
 
     def replay_for(duration: float) -> int:
         start, count = time.monotonic(), 0
@@ -129,7 +129,7 @@ def measure(run: Callable[[], object], log: GpuLog, seconds: float) -> dict[str,
     start = time.monotonic()
     count = replay_for(seconds)
     end = time.monotonic()
-    found = {"burst_us": burst * 1e6, "sustained_us": (end - start) / count * 1e6}
+    found = {"burst_us": burst / calls, "sustained_us": (end - start) * 1e6 / count / calls}
     return found | log.means(start + PERIOD_MS / 1e3, end)
 
 
@@ -137,10 +137,9 @@ def run(shape: str, cases: list[tuple[int, int]], seconds: float) -> dict[str, A
     step, rows = Step(shape), []
     with GpuLog() as log:
         for num_tokens, context in cases:
-            for name, (call, count) in loads(step, num_tokens, context).items():
-                found = measure(call, log, seconds)
-                row: dict[str, Any] = {"shape": shape, "load": name, "tokens": num_tokens, "context": context}
-                row |= {k: v / count if k.endswith("_us") and v is not None else v for k, v in found.items()}
+            for name, (call, calls) in loads(step, num_tokens, context).items():
+                row = {"shape": shape, "load": name, "tokens": num_tokens, "context": context}
+                row |= measure(call, calls, log, seconds)
                 rows.append(row)
                 print(table({"rows": [row]}).splitlines()[-1], flush=True)
             torch.cuda.empty_cache()
@@ -160,20 +159,20 @@ def table(results: dict[str, Any]) -> str:
     return markdown_table(columns, lines)
 
 
-def case(text: str) -> tuple[int, int]:
-    rows, context = (int(part) for part in text.split("x"))
-    return rows, context
+def cases(text: str) -> list[tuple[int, int]]:
+    pairs = (part.split("x") for part in text.split(","))
+    return [(int(rows), int(context)) for rows, context in pairs]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="8b")
-    parser.add_argument("--cases", default="64x128,256x192", help="by comma, ROWSxCONTEXT")
+    parser.add_argument("--cases", type=cases, default="64x128,256x192", help="by comma, ROWSxCONTEXT")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each load")
     parser.add_argument("--json", type=Path, metavar="OUT")
     options = parser.parse_args()
     try:
-        results = run(options.shape, [case(text) for text in options.cases.split(",")], options.seconds)
+        results = run(options.shape, options.cases, options.seconds)
     except UserError as error:
         print(f"benchmarks.sustained: {error}", file=sys.stderr)
         return 2

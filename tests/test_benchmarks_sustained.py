@@ -17,6 +17,7 @@ ROOT = Path(sustained.__file__).parent.parent
     ("line", "expected"),
     [
         ("1980, 616.21\n", Sample(7.0, 1980.0, 616.21)),
+        ("1980 MHz, 616.21 W\n", Sample(7.0, 1980.0, 616.21)),
         ("1980, [N/A]\n", None),
         ("No devices were found\n", None),
         ("", None),
@@ -34,7 +35,7 @@ def test_means_are_over_the_time_asked_for() -> None:
 
 
 def test_without_a_gpu_there_is_nothing_to_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sustained, "query_gpu", lambda *fields: [])
+    monkeypatch.setattr(sustained, "query_command", lambda *fields: None)
     with GpuLog() as log:
         assert log.means(0.0, 1e9) == {"clock_mhz": None, "watts": None}
 
@@ -44,7 +45,7 @@ def test_the_log_reads_what_the_tool_prints(monkeypatch: pytest.MonkeyPatch, tmp
     tool.write_text("#!/bin/sh\necho 1980, 616.0\necho broken\necho 1500, 700.0\nexec sleep 60\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(sustained, "query_gpu", lambda *fields: ["a GPU"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with GpuLog() as log:
         deadline = time.monotonic() + 30
         while len(log.samples) < 2 and time.monotonic() < deadline:
@@ -71,3 +72,13 @@ def test_no_gpu_is_one_line() -> None:
     )
     assert run.returncode == 2 and run.stderr.startswith("benchmarks.sustained: the CUDA kernels need")
     assert len(run.stderr.splitlines()) == 1
+
+
+def test_cases_that_are_none_are_named() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.sustained", "--cases", "64x128,256"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2 and "argument --cases: invalid cases value: '64x128,256'" in run.stderr
