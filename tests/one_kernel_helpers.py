@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from llama3.ops import batch_linear
-from llama3.ops.norm_parts import NormParts
 from llama3.ops.reference import ReferenceOps
 from tests.numerics import assert_within_contract
 
@@ -48,34 +46,6 @@ def check_all(family: ModuleType, num_tokens: int, num_rows: int, size: int, how
 def check_swiglu(family: ModuleType, num_tokens: int, num_rows: int, size: int, how: How) -> None:
     x, norm, weight = normal(num_tokens, size, scale=3), normal(size), normal(num_rows, size, scale=size**-0.5)
     check_contract(family.norm_swiglu, ReferenceOps().norm_swiglu, how, x, norm, weight, EPS)
-
-
-def check_parts(result: torch.Tensor, norm: torch.Tensor, parts: NormParts) -> None:
-    """That they are those of the norm of what a product has made."""
-    assert torch.equal(parts.weighted, result * norm)
-    torch.testing.assert_close(parts.squares.double().sum(0), result.double().square().sum(1), rtol=1e-6, atol=1e-30)
-
-
-def check_norm_behind(num_tokens: int, num_rows: int, size: int, how: How) -> None:
-    """batch_linear's parts of the norm that follows, and what products make of them."""
-    x, weight, residual = (
-        normal(num_tokens, size),
-        normal(num_rows, size, scale=size**-0.5),
-        normal(num_tokens, num_rows),
-    )
-    norm, wide = normal(num_rows), normal(1040, num_rows, scale=num_rows**-0.5)
-    torch.cuda.synchronize()
-    result, parts = batch_linear.linear_add_norm(x, weight, residual, norm, **how)
-    assert torch.equal(result, batch_linear.linear_add(x, weight, residual, **how))
-    check_parts(result, norm, parts)
-    if num_rows % 64:
-        return  # as the inner dimension of the next product
-    reference, inputs = ReferenceOps(), (result, norm, wide)
-    for name in ("norm_linear", "norm_swiglu"):
-        exact = getattr(reference, name)(*(t.double() for t in inputs), EPS)
-        normed = getattr(batch_linear, name)(*inputs, EPS, parts)
-        assert_within_contract(normed, exact, getattr(reference, name)(*inputs, EPS))
-        assert torch.equal(normed, getattr(batch_linear, name)(*inputs, EPS, parts))
 
 
 def check_many_repeats(family: ModuleType, num_tokens: int, num_rows: int, size: int) -> None:

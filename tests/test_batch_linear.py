@@ -75,6 +75,13 @@ def test_tensors_are_named(shapes: tuple, message: str) -> None:
         batch_linear.norm_linear(x, norm, weight, 1e-5)
 
 
+@pytest.mark.parametrize("residual", (torch.zeros(32, dtype=BF16), torch.zeros(40, 16, dtype=BF16)))
+def test_a_wrong_residual_is_named_before_anything_is_made_for_the_next_norm(residual: torch.Tensor) -> None:
+    x, weight, norm = (torch.zeros(shape, dtype=BF16) for shape in ((40, 64), (32, 64), (32,)))
+    with pytest.raises(UserError, match=r"residual is .*expected contiguous torch.bfloat16 \[40, 32\]"):
+        batch_linear.linear_add_norm(x, weight, residual, norm)
+
+
 def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_kernel, "is_hopper", lambda device: device.type == "cuda")
     monkeypatch.setattr(one_kernel, "has_fast_memory", lambda device: False)

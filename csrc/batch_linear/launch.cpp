@@ -23,8 +23,6 @@ int divide_up(int a, int b) {
 }
 
 void check_norm(const Problem& q, const NormParts& parts) {
-    require((q.form == Form::kLinearAdd) == (q.residual != nullptr),
-            "a residual belongs to linear_add, and to no other");
     if (has_norm(q.form)) {
         require(parts.squares && parts.count >= 1 && !parts.weighted && !q.norm,
                 "a product with a norm takes sums of squares, and as x what was weighted; no other norm follows");
@@ -52,6 +50,8 @@ void check(const Problem& q, const NormParts& parts, const Plan& plan) {
             "tile_rows is " + std::to_string(plan.tile_rows) + "; supported here: multiples of " +
                 std::to_string(kUnitRows) + " from " + std::to_string(kMinTileRows) + " to " + std::to_string(tallest));
     require(plan.ahead >= 0, "ahead is " + std::to_string(plan.ahead) + "; expected 0 or more stages");
+    require((q.form == Form::kLinearAdd) == (q.residual != nullptr),
+            "a residual belongs to linear_add, and to no other");
     check_norm(q, parts);
     const struct {
         const char* name;

@@ -1,5 +1,5 @@
 // RMSNorm in one pass: a block is one row, which stays in registers between the sum of squares and the scaling. Or its
-// parts, for products that scale their sums (csrc/batch_linear/, csrc/gemm/).
+// parts, for products that scale their sums (csrc/batch_linear/).
 #include "common/async.cuh"
 #include "common/launch.h"
 #include "elementwise/chunk.cuh"
@@ -61,16 +61,13 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNorm p) {
         float values[8], factors[8];
         to_floats<T>(row[i], values);
         to_floats<T>(scale[i], factors);
-        // The Llama reference rounds the normed value before it multiplies by the weight.
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
-            if constexpr (kParts) {
-                values[j] *= factors[j], values[j + 1] *= factors[j + 1];
-                continue;
-            }
-            const float2 rounded =
-                common::Pack<T>::to_floats(common::Pack<T>::from_floats(values[j] * inverse, values[j + 1] * inverse));
-            values[j] = rounded.x * factors[j], values[j + 1] = rounded.y * factors[j + 1];
+            float2 pair = {values[j], values[j + 1]};
+            // The Llama reference rounds the normed value before it multiplies by the weight.
+            if (!kParts)
+                pair = common::Pack<T>::to_floats(common::Pack<T>::from_floats(pair.x * inverse, pair.y * inverse));
+            values[j] = pair.x * factors[j], values[j + 1] = pair.y * factors[j + 1];
         }
         if (at < chunks) out[at] = from_floats<T>(values);
     }

@@ -9,13 +9,13 @@ The kernels read weights before the previous kernel has ended: an earlier one mu
 
 import functools
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from llama3.ops import elementwise, one_kernel
 from llama3.ops.norm_parts import NormParts
-from llama3.ops.one_kernel import FORMS, LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
+from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 from llama3.ops.skinny_linear import NARROW
 
 TOKEN_COUNTS = (32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
@@ -65,7 +65,7 @@ def norm_linear(
 ) -> torch.Tensor:
     """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. `parts` of the norm save a kernel that makes them.
     `plan`: None leaves the choice to choose_plan."""
-    return _product("norm_linear", x, weight, norm, None, eps, None, plan, parts)
+    return _normed("norm_linear", x, norm, weight, eps, parts, plan)
 
 
 def norm_swiglu(
@@ -77,7 +77,7 @@ def norm_swiglu(
     plan: Plan | None = None,
 ) -> torch.Tensor:
     """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
-    return _product("norm_swiglu", x, gate_up, norm, None, eps, None, plan, parts)
+    return _normed("norm_swiglu", x, norm, gate_up, eps, parts, plan)
 
 
 def linear_add(
@@ -88,15 +88,21 @@ def linear_add(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """residual [T, N] + x [T, K] times weight [N, K] -> [T, N], in `out` if given, which may be the residual."""
-    return _product("linear_add", x, weight, None, residual, 0.0, out, plan)
+    out, arguments = one_kernel.arguments("linear_add", x, weight, None, residual, 0.0, out)
+    _launch(arguments, x.device, plan)
+    return out
 
 
 def linear_add_norm(
     x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor, plan: Plan | None = None
 ) -> tuple[torch.Tensor, NormParts]:
     """linear_add, and the parts of the RMSNorm of its result with weight next_norm [N]."""
-    parts = NormParts.empty(residual, residual.shape[1] // UNIT_ROWS)
-    return _product("linear_add", x, weight, None, residual, 0.0, None, plan, parts, next_norm), parts
+    out, arguments = one_kernel.arguments("linear_add", x, weight, None, residual, 0.0, None)
+    parts = NormParts.empty(out, out.shape[1] // UNIT_ROWS)
+    parts.check_norm("linear_add_norm", next_norm)
+    left = {"next_norm": next_norm.data_ptr(), "weighted": parts.weighted.data_ptr()}
+    _launch(arguments | left, x.device, plan, parts.squares)
+    return out, parts
 
 
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -169,31 +175,28 @@ def library() -> ModuleType:
     return load_custom_kernels.load("batch_linear")
 
 
-def _product(
+def _normed(
     op: str,
     x: torch.Tensor,
+    norm: torch.Tensor,
     weight: torch.Tensor,
-    norm: torch.Tensor | None,
-    residual: torch.Tensor | None,
     eps: float,
-    out: torch.Tensor | None,
+    parts: NormParts | None,
     plan: Plan | None,
-    parts: NormParts | None = None,
-    next_norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out, arguments = one_kernel.arguments(op, x, weight, norm, residual, eps, out)
-    arguments |= {"next_norm": 0, "weighted": 0, "squares": 0, "count": 0}
-    if norm is not None:
-        parts = parts or elementwise.norm_parts(x, norm)
-        parts.check(op, x)
-        arguments["x"] = parts.weighted.data_ptr()
-    elif parts is not None and next_norm is not None:
-        parts.check_norm(op, next_norm)
-        arguments |= {"next_norm": next_norm.data_ptr(), "weighted": parts.weighted.data_ptr()}
-    if parts is not None:
-        arguments |= {"squares": parts.squares.data_ptr(), "count": parts.squares.shape[0]}
-    del arguments["norm"]
-    gpu = one_kernel.num_sms(x.device), one_kernel.has_fast_memory(x.device)
-    plan = plan or choose_plan(FORMS[op], *x.shape[:1], *weight.shape, *gpu)
-    library().product(**arguments, **plan._asdict())
+    out, arguments = one_kernel.arguments(op, x, weight, norm, None, eps, None)
+    parts = parts or elementwise.norm_parts(x, norm)
+    parts.check(op, x)
+    _launch(arguments | {"x": parts.weighted.data_ptr()}, x.device, plan, parts.squares)
     return out
+
+
+def _launch(
+    arguments: dict[str, Any], device: torch.device, plan: Plan | None, squares: torch.Tensor | None = None
+) -> None:
+    """arguments: one_kernel's, whose norm the kernel does not take, and what linear_add leaves for the next one."""
+    shape = (arguments[name] for name in ("form", "num_tokens", "num_rows", "size"))
+    plan = plan or choose_plan(*shape, one_kernel.num_sms(device), one_kernel.has_fast_memory(device))
+    given = {"next_norm": 0, "weighted": 0} | {name: arguments[name] for name in arguments if name != "norm"}
+    address, count = (0, 0) if squares is None else (squares.data_ptr(), squares.shape[0])
+    library().product(**given, squares=address, count=count, **plan._asdict())
