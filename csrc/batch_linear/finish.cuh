@@ -71,11 +71,6 @@ __device__ __forceinline__ int sent_bytes(const Params& p, const Block& b) {
     return p.splits * units * unit_bytes(kTokens);
 }
 
-// What a lane needs beside its sums, of linear_add: two neighbouring rows of one token, and those 8 rows on.
-struct Added {
-    uint2 residual, next_norm;
-};
-
 // Where a lane's part of a fragment goes: two neighbouring outputs of token lane / 4, for linear_add and norm_linear
 // also those 8 rows on. SwiGLU makes one output of rows r and r + 8.
 template <Form kForm>
@@ -89,27 +84,21 @@ struct Target {
         const int64_t first = (int64_t(token) * p.num_rows + row) / rows_per_output(kForm);
         index = exists ? first + lane % 4 * 2 : -1;
     }
-    __device__ __forceinline__ Added load_added(const Params& p, int lane) const {
+    // The residual in the order of the fragment: (r, t), (r, t + 1), (r + 8, t), (r + 8, t + 1).
+    __device__ __forceinline__ uint2 load_residual(const Params& p) const {
         if (kForm != Form::kLinearAdd || index < 0) return {};
-        const auto load = [](const void* vector, int64_t at) -> uint2 {
-            const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(vector) + at);
-            return {from[0], from[4]};
-        };
-        return {load(p.residual, index), p.next_norm ? load(p.next_norm, row + lane % 4 * 2) : uint2{}};
+        const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(p.residual) + index);
+        return {from[0], from[4]};
     }
-    // The parts of the norm that follows, of what was written: rows of one token in words of two.
-    __device__ __forceinline__ void prepare_norm(const Params& p, uint32_t low, uint32_t high, uint2 norm,
-                                                 int lane) const {
+    // For the norm that follows: of what was written, a unit's rows of one token, in words of two.
+    __device__ __forceinline__ void sum_squares(const Params& p, uint32_t low, uint32_t high, int lane) const {
         const float2 a = Pack::to_floats(low), b = Pack::to_floats(high);
         float squares = fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(b.x, b.x, b.y * b.y)));
         squares += __shfl_xor_sync(~0u, squares, 1);
         squares += __shfl_xor_sync(~0u, squares, 2);
-        if (index < 0) return;
-        auto* to = reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(p.parts.weighted) + index);
-        to[0] = common::multiply_pairs(low, norm.x), to[4] = common::multiply_pairs(high, norm.y);
-        if (lane % 4 == 0) p.parts.squares[row / kUnitRows * p.num_tokens + token] = squares;
+        if (index >= 0 && lane % 4 == 0) p.squares.sums[row / kUnitRows * p.num_tokens + token] = squares;
     }
-    __device__ __forceinline__ void write(const Params& p, const Block& b, float4 v, const Added& added, int pair,
+    __device__ __forceinline__ void write(const Params& p, const Block& b, float4 v, uint2 residual, int pair,
                                           int lane) const {
         auto* to = reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(p.out) + index);
         if constexpr (has_norm(kForm)) {
@@ -122,14 +111,14 @@ struct Target {
             if (index >= 0) to[0] = word;
         } else {
             if constexpr (kForm == Form::kLinearAdd) {
-                const float2 low = Pack::to_floats(common::transpose_8x8(added.residual.x));
-                const float2 high = Pack::to_floats(common::transpose_8x8(added.residual.y));
+                const float2 low = Pack::to_floats(common::transpose_8x8(residual.x));
+                const float2 high = Pack::to_floats(common::transpose_8x8(residual.y));
                 v.x += low.x, v.y += low.y, v.z += high.x, v.w += high.y;
             }
             const uint32_t low = common::transpose_8x8(Pack::from_floats(v.x, v.y));
             const uint32_t high = common::transpose_8x8(Pack::from_floats(v.z, v.w));
             if (index >= 0) to[0] = low, to[4] = high;
-            if (kForm == Form::kLinearAdd && p.next_norm) prepare_norm(p, low, high, added.next_norm, lane);
+            if (kForm == Form::kLinearAdd && p.squares.sums) sum_squares(p, low, high, lane);
         }
     }
 };
@@ -153,12 +142,12 @@ struct Sums {
 template <int kTokens, Form kForm, bool kTall>
 struct Finisher {
     static constexpr int kPairs = kTokens / 8;
-    static constexpr int kAhead = kForm == Form::kLinearAdd ? 2 : 0;  // fragments whose Added is asked for early
+    static constexpr int kAhead = kForm == Form::kLinearAdd ? 2 : 0;  // residuals asked for before the product
     const Params& p;
     const Block& b;
     const Receiver<kTokens> own;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    Added added[kAhead + 1];
+    uint2 residuals[kAhead + 1];
 
     __device__ Finisher(const Params& p, const Block& b) : p(p), b(b), own(p, b.rank) {}
 
@@ -170,7 +159,7 @@ struct Finisher {
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             const int item = warp + i * kConsumerWarps;
-            added[i] = item < own.units * kPairs ? target(item).load_added(p, lane) : Added{};
+            residuals[i] = item < own.units * kPairs ? target(item).load_residual(p) : uint2{};
         }
     }
 
@@ -185,7 +174,7 @@ struct Finisher {
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
                 const Target<kForm> to(p, b, unit, j, lane);
-                to.write(p, b, {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]}, to.load_added(p, lane), j, lane);
+                to.write(p, b, {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]}, to.load_residual(p), j, lane);
             }
         });
     }
@@ -221,13 +210,14 @@ struct Finisher {
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             const int item = warp + i * kConsumerWarps;
-            if (item < own.units * kPairs) target(item).write(p, b, received_sum(item), added[i], item % kPairs, lane);
+            if (item < own.units * kPairs)
+                target(item).write(p, b, received_sum(item), residuals[i], item % kPairs, lane);
         }
 #pragma unroll 1
         for (int item = warp + kAhead * kConsumerWarps; item < own.units * kPairs; item += kConsumerWarps) {
             const Target<kForm> to = target(item);
-            const Added loaded = to.load_added(p, lane);
-            to.write(p, b, received_sum(item), loaded, item % kPairs, lane);
+            const uint2 residual = to.load_residual(p);
+            to.write(p, b, received_sum(item), residual, item % kPairs, lane);
         }
     }
 };

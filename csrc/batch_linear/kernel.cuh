@@ -5,8 +5,9 @@
 // inner dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for
 // weight before the previous kernel has ended, because weights are constants: with half of an SM's shared memory each,
 // this kernel's ring fills while the previous kernel's blocks still work. Two warpgroups multiply, with weights as the
-// tensor cores' rows and tokens as their columns, straight from shared memory. RMSNorm costs no pass over x: the
-// product that makes x leaves the norm's parts (NormParts), and the one that needs them scales sums.
+// tensor cores' rows and tokens as their columns, straight from shared memory. RMSNorm costs no pass over x:
+// its weight is part of `weight`, the product that makes x leaves sums of its squares, and the one behind scales its
+// own.
 //
 // weight [num_rows, size], x [num_tokens, size], out [num_tokens, num_rows] (see Params); all contiguous bf16. weight
 // is read before the previous kernel has ended: it must have been written by an earlier one.

@@ -22,20 +22,17 @@ int divide_up(int a, int b) {
     return (a + b - 1) / b;
 }
 
-void check_norm(const Problem& q, const NormParts& parts) {
+void check_squares(const Problem& q, const Squares& squares) {
+    const std::string found = "there are " + std::to_string(squares.count) + " sums of squares a token; expected ";
     if (has_norm(q.form)) {
-        require(parts.squares && parts.count >= 1 && !parts.weighted && !q.norm,
-                "a product with a norm takes sums of squares, and as x what was weighted; no other norm follows");
-        return;
+        require(squares.sums && squares.count >= 1, found + "1 or more, of x");
+    } else {
+        const int count = squares.sums ? q.num_rows / kUnitRows : 0;
+        require(squares.count == count, found + std::to_string(count) + ", of out");
     }
-    require(bool(q.norm) == bool(parts.weighted) && bool(q.norm) == bool(parts.squares),
-            "linear_add leaves both parts of the norm that it is given, or none");
-    const int count = q.norm ? q.num_rows / kUnitRows : 0;
-    require(parts.count == count, "there is room for " + std::to_string(parts.count) +
-                                      " sums of squares a token; expected " + std::to_string(count));
 }
 
-void check(const Problem& q, const NormParts& parts, const Plan& plan) {
+void check(const Problem& q, const Squares& squares, const Plan& plan) {
     require(q.num_tokens >= 1 && q.num_tokens <= kMaxTokens,
             "num_tokens is " + std::to_string(q.num_tokens) + "; supported: 1 to " + std::to_string(kMaxTokens));
     require(q.size >= kStageColumns && q.size % kStageColumns == 0,
@@ -52,17 +49,12 @@ void check(const Problem& q, const NormParts& parts, const Plan& plan) {
     require(plan.ahead >= 0, "ahead is " + std::to_string(plan.ahead) + "; expected 0 or more stages");
     require((q.form == Form::kLinearAdd) == (q.residual != nullptr),
             "a residual belongs to linear_add, and to no other");
-    check_norm(q, parts);
+    check_squares(q, squares);
     const struct {
         const char* name;
         const void* pointer;
-    } operands[] = {{"x", q.x},
-                    {"weight", q.weight},
-                    {"out", q.out},
-                    {"next_norm", q.norm},
-                    {"residual", q.residual},
-                    {"weighted", parts.weighted},
-                    {"squares", parts.squares}};
+    } operands[] = {
+        {"x", q.x}, {"weight", q.weight}, {"out", q.out}, {"residual", q.residual}, {"squares", squares.sums}};
     for (const auto& operand : operands)
         require(reinterpret_cast<uintptr_t>(operand.pointer) % 16 == 0,
                 std::string(operand.name) + " must be 16-byte aligned");
@@ -94,19 +86,21 @@ const void* select_kernel(Form form, int tokens, bool tall) {
 
 }  // namespace
 
-void launch(const Problem& q, const NormParts& parts, const Plan& plan, bool overlap, cudaStream_t stream) {
-    check(q, parts, plan);
+void launch(const Problem& q, const Squares& squares, const Plan& plan, bool overlap, cudaStream_t stream) {
+    check(q, squares, plan);
     const int tokens = padded_tokens(q.num_tokens);
 
     Params p{};
-    p.residual = q.residual, p.out = q.out, p.next_norm = q.norm, p.parts = parts;
+    p.residual = q.residual, p.out = q.out, p.squares = squares;
     p.num_tokens = q.num_tokens, p.num_rows = q.num_rows, p.size = q.size, p.eps = q.eps;
     p.splits = plan.splits, p.trigger = plan.trigger;
     p.tile_rows = plan.tile_rows, p.units = plan.tile_rows / kUnitRows;
     const int bytes_of_stage = stage_bytes(p.tile_rows, tokens);
     p.steps = q.size / kStageColumns;
     const int block_steps = divide_up(p.steps, p.splits);
-    const int behind = int(sizeof(Tail));
+    // Instructions take kMinTileRows rows each: of a tile that ends between, also what follows, which has to be there.
+    const int read_rows = divide_up(p.tile_rows, kMinTileRows) * kMinTileRows;
+    const int behind = std::max(int(sizeof(Tail)), row_bytes(read_rows) - bytes_of_stage);
     p.stages = std::min({kMaxStages, block_steps, (plan.shared_bytes - behind) / bytes_of_stage});
     const int least =
         std::max(std::min(2, block_steps),

@@ -18,7 +18,7 @@ constexpr int kMaxStages = 14;
 constexpr int kScaleWarps = 4;  // sum up squares where there is a norm
 constexpr int kConsumers = kConsumerWarps * 32, kScaleThreads = kScaleWarps * 32;
 
-using common::Form, common::has_norm;
+using common::Form, common::has_norm, common::Squares;
 
 // Threads of a block: those that multiply, the warp that copies, and with a norm those that make its scales.
 constexpr int threads(Form form) {
@@ -53,20 +53,10 @@ constexpr __host__ __device__ int owner_of(int unit, int units, int splits) {
     return ((unit + 1) * splits - 1) / units;
 }
 
-// RMSNorm of h [num_tokens, n] in two parts, which the product that makes h leaves: weighted [num_tokens, n], h times
-// the norm's weight, and squares [count, num_tokens], whose sum over `count` is that of a token's squares. The product
-// that wants the norm multiplies `weighted`, and each token's sums by rsqrt(its squares / n + eps).
-struct NormParts {
-    void* weighted;
-    float* squares;
-    int count;
-};
-
 struct Params {
-    const void* residual;   // [num_tokens, num_rows] or null
-    void* out;              // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]
-    const void* next_norm;  // [num_rows] or null: linear_add leaves `parts` for the norm that follows
-    NormParts parts;        // linear_add's have a sum for each unit of its rows
+    const void* residual;  // [num_tokens, num_rows] or null
+    void* out;             // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]
+    Squares squares;       // linear_add's have a sum for each unit of its rows
     int num_tokens, num_rows, size;
     float eps;
     int tile_rows, units;       // weight rows of a tile, and units of them
