@@ -70,9 +70,13 @@ struct Params {
     int64_t stride_k_block, stride_k_head, stride_k_token, stride_v_block, stride_v_head, stride_v_token;
 };
 
-// Both caches as 5-D tensors (column, token, panel, kv head, block).
+// A cache as a 5-D tensor (column, token, panel, kv head, block), in boxes of a tile, and of a slice's tokens by one
+// panel.
+struct CacheMaps {
+    CUtensorMap tile, slice;
+};
 struct TensorMaps {
-    CUtensorMap k, v;
+    CacheMaps k, v;
 };
 
 // The part of a unit that lies in one block's range.
