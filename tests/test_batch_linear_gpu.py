@@ -84,6 +84,13 @@ def test_squares_for_the_norm_that_follows(num_tokens: int, plan: Plan | None) -
         check_norm_behind(num_tokens, num_rows, size, plan)
 
 
+@pytest.mark.parametrize("tile_rows", (80, 112))
+@pytest.mark.parametrize("splits", (1, 2, 4, 7))
+@pytest.mark.parametrize("num_tokens", (17, 64))
+def test_squares_of_tiles_of_other_heights(num_tokens: int, splits: int, tile_rows: int) -> None:
+    check_norm_behind(num_tokens, 2048, 2112, Plan(splits, ALONE, 0, tile_rows))
+
+
 @pytest.mark.parametrize("num_tokens", (1, 16, 64, 128))
 def test_head_over_a_large_vocabulary(num_tokens: int) -> None:
     check_head(batch_linear, num_tokens)

@@ -10,7 +10,7 @@
 namespace batch_linear {
 
 template <Form kForm>
-const void* kernel_for(int tokens, bool tall);
+Kernel kernel_for(int tokens, int tile_rows);
 
 namespace {
 
@@ -42,7 +42,7 @@ void check(const Problem& q, const Squares& squares, const Plan& plan) {
     const int most = std::min(kMaxSplits, q.size / kStageColumns);
     require(plan.splits >= 1 && plan.splits <= most,
             "splits is " + std::to_string(plan.splits) + "; supported here: 1 to " + std::to_string(most));
-    const int tallest = may_be_tall(q.form, padded_tokens(q.num_tokens)) ? kTallRows : kShortRows;
+    const int tallest = tallest_tile(q.form, padded_tokens(q.num_tokens));
     require(plan.tile_rows >= kMinTileRows && plan.tile_rows <= tallest && plan.tile_rows % kUnitRows == 0,
             "tile_rows is " + std::to_string(plan.tile_rows) + "; supported here: multiples of " +
                 std::to_string(kUnitRows) + " from " + std::to_string(kMinTileRows) + " to " + std::to_string(tallest));
@@ -72,14 +72,14 @@ CUtensorMap matrix_map(const void* matrix, int rows, int columns, int box_rows) 
     return map;
 }
 
-const void* select_kernel(Form form, int tokens, bool tall) {
+Kernel select_kernel(Form form, int tokens, int tile_rows) {
     switch (form) {
         case Form::kNormLinear:
-            return kernel_for<Form::kNormLinear>(tokens, tall);
+            return kernel_for<Form::kNormLinear>(tokens, tile_rows);
         case Form::kLinearAdd:
-            return kernel_for<Form::kLinearAdd>(tokens, tall);
+            return kernel_for<Form::kLinearAdd>(tokens, tile_rows);
         case Form::kNormSwiGlu:
-            return kernel_for<Form::kNormSwiGlu>(tokens, tall);
+            return kernel_for<Form::kNormSwiGlu>(tokens, tile_rows);
     }
     throw std::invalid_argument("unknown form");
 }
@@ -98,9 +98,9 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     const int bytes_of_stage = stage_bytes(p.tile_rows, tokens);
     p.steps = q.size / kStageColumns;
     const int block_steps = divide_up(p.steps, p.splits);
-    // Instructions take kMinTileRows rows each: of a tile that ends between, also what follows, which has to be there.
-    const int read_rows = divide_up(p.tile_rows, kMinTileRows) * kMinTileRows;
-    const int behind = std::max(int(sizeof(Tail)), row_bytes(read_rows) - bytes_of_stage);
+    const Kernel kernel = select_kernel(q.form, tokens, p.tile_rows);
+    // What is read behind a tile that is not so high has to be there behind the last stage as well.
+    const int behind = std::max(int(sizeof(Tail)), row_bytes(kernel.rows) - bytes_of_stage);
     p.stages = std::min({kMaxStages, block_steps, (plan.shared_bytes - behind) / bytes_of_stage});
     const int least =
         std::max(std::min(2, block_steps),
@@ -112,8 +112,7 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     p.tail_offset = p.stages * bytes_of_stage;
     const int bytes = p.tail_offset + behind;
 
-    const void* kernel = select_kernel(q.form, tokens, p.tile_rows > kShortRows);
-    common::allow_shared_memory(kernel, common::shared_memory_limit(), true);
+    common::allow_shared_memory(kernel.function, common::shared_memory_limit(), true);
     CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, p.tile_rows);
     CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens);
 
@@ -131,7 +130,7 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     config.attrs = p.splits > 1 ? attributes : attributes + 1;
     config.numAttrs = (p.splits > 1) + overlap;
     void* arguments[] = {&weight, &x, &p};
-    CHECK_CUDA(cudaLaunchKernelExC(&config, kernel, arguments));
+    CHECK_CUDA(cudaLaunchKernelExC(&config, kernel.function, arguments));
 }
 
 }  // namespace batch_linear
