@@ -59,7 +59,7 @@ CacheMaps cache_maps(const void* cache, const Launch& how, int num_kv_heads, int
     const auto map = [&](int tokens, int panels) {
         return cache_map(cache, how, num_kv_heads, stride_block, stride_head, stride_token, tokens, panels);
     };
-    return {map(kBlockSize, how.head_dim / 64), map(kSliceTokens, 1)};
+    return {map(kBlockSize, how.head_dim / 64), map(kBoxTokens, 1)};
 }
 
 const void* select_kernel(const Launch& how, Loader loader) {

@@ -54,21 +54,21 @@ struct Ring {
     __device__ uint32_t empty(int stage, int value) const { return barriers + (4 * stage + 2 + value) * 8; }
 };
 
-// By the copy engine, which takes whole boxes: a tile, or of one that is not full so many slices, each panel apart.
+// By the copy engine, in one box, or of a tile that is not full in as few small ones as hold its tokens.
 template <int kHeadDim>
 __device__ __forceinline__ void copy_tile_bulk(uint32_t target, const CacheMaps& map, uint32_t full, int block,
                                                int head, int tokens) {
-    if (tokens > kBlockSize - kSliceTokens) {
+    if (tokens > kBlockSize - kBoxTokens) {
         common::mbarrier_expect(full, tile_bytes(kHeadDim));
         common::tma_load_5d(target, &map.tile, full, 0, 0, 0, head, block);
         return;
     }
-    common::mbarrier_expect(full, ceil_div(tokens, kSliceTokens) * kSliceTokens * kHeadDim * 2);
+    common::mbarrier_expect(full, ceil_div(tokens, kBoxTokens) * kBoxTokens * kHeadDim * 2);
 #pragma unroll 1
-    for (int token = 0; token < tokens; token += kSliceTokens) {
+    for (int token = 0; token < tokens; token += kBoxTokens) {
 #pragma unroll
         for (int panel = 0; panel < kHeadDim / 64; ++panel)
-            common::tma_load_5d(target + staged_offset(token, 8 * panel), &map.slice, full, 0, token, panel, head,
+            common::tma_load_5d(target + staged_offset(token, 8 * panel), &map.part, full, 0, token, panel, head,
                                 block);
     }
 }
