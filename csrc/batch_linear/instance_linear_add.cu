@@ -1,3 +1,6 @@
 #include "batch_linear/instances.cuh"
 
-template batch_linear::Kernel batch_linear::kernel_for<batch_linear::Form::kLinearAdd>(int tokens, int tile_rows);
+template <>
+const void* batch_linear::kernel_for<batch_linear::Form::kLinearAdd>(int tokens, bool tall) {
+    return instantiate<Form::kLinearAdd>(tokens, tall);
+}
