@@ -61,6 +61,7 @@ class Tree:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
+            self._process.wait()
 
 
 def run(trees: Sequence[Tree], shape: str, load: str, wanted: Sequence[tuple[int, int]], turns: int) -> list[dict]:

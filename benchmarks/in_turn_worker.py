@@ -5,7 +5,7 @@ Runs as a script with another tree's modules, so it goes by what `benchmarks.sus
 
 import json
 import sys
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
@@ -17,17 +17,16 @@ def main() -> None:
     shape, seconds = sys.argv[1], float(sys.argv[2])
     step = Step(shape)
     case: tuple[int, int] | None = None
-    found: dict[str, Any] = {}
+    found: dict[str, tuple[Callable[[], object], int]] = {}
     with GpuLog() as log:
         for line in sys.stdin:
             request = json.loads(line)
             wanted = (request["tokens"], request["context"])
-            if wanted != case:  # one cache at a time
+            if wanted != case:  # one cache at a time, so nothing else may hold the last one
                 found.clear()
                 torch.cuda.empty_cache()
                 case, found = wanted, loads(step, *wanted)
-            call, calls = found[request["load"]]
-            print(json.dumps(measure(call, calls, log, seconds)), flush=True)
+            print(json.dumps(measure(*found[request["load"]], log, seconds)), flush=True)
 
 
 if __name__ == "__main__":
