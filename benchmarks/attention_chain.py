@@ -70,7 +70,6 @@ class Chain:
         self.rope = RopeTable.build(config, case.capacity, device)
         rows = torch.arange(case.rows, dtype=torch.int32, device=device)
         self.batch = DecodeBatch(rows, torch.full_like(rows, case.context), case.context + 1)
-        self.norm = torch.ones(config.hidden_size, dtype=DTYPE, device=device)
         self.qkv_weights, self.o_weights = (
             [torch.randn(size, device=device).mul_(size[1] ** -0.5).to(DTYPE) for _ in range(config.num_layers)]
             for size in ((config.qkv_size, config.hidden_size), (config.hidden_size, config.q_size))
@@ -88,7 +87,7 @@ class Chain:
         return self.ops.rope_append_attend(packed, self.rope, self.cache.layer(layer), self.batch)
 
     def run_layer(self, layer: int, *, attend: bool) -> None:
-        packed = self.ops.norm_linear(self.x, self.norm, self.qkv_weights[layer], self.config.rms_norm_eps)
+        packed = self.ops.norm_linear(self.x, None, self.qkv_weights[layer], self.config.rms_norm_eps)
         attended = self.attend(layer, packed) if attend else self.attended
         self.ops.linear_add(attended, self.o_weights[layer], self.x)
 

@@ -42,6 +42,7 @@ class Step:
         self.config = shape_config(shape)
         self.ops = cuda_ops(self.config)
         self.weights = random_weights(self.config, torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
+        self.weights.fold_norms()
 
     def cached(self, num_tokens: int, context: int) -> tuple[KVCache, DecodeBatch, RopeTable]:
         """A random cache of `context` tokens a row, the batch of the next tokens, and rotations for all of them."""

@@ -49,7 +49,6 @@ def measure(run: Callable[[int], object], calls: int) -> float:
 def measure_products(ops: CudaOps, config: ModelConfig, num_tokens: int) -> list[Row]:
     """The four projections of a layer and, in decode, the head: each with what the seam fuses with it."""
     hidden, eps = config.hidden_size, config.rms_norm_eps
-    norm = torch.ones(hidden, dtype=DTYPE, device="cuda")
     shapes = product_shapes(config) | {"head": (config.vocab_size, hidden)}
     rows = []
     for name, (num_rows, size) in shapes.items():
@@ -65,7 +64,7 @@ def measure_products(ops: CudaOps, config: ModelConfig, num_tokens: int) -> list
             weight = weights[i % len(weights)]
             if adds:
                 return ops.linear_add(x, weight, residual)
-            return (ops.norm_swiglu if name == "gate-up" else ops.norm_linear)(x, norm, weight, eps)
+            return (ops.norm_swiglu if name == "gate-up" else ops.norm_linear)(x, None, weight, eps)
 
         us = measure(run, 2 * count if num_tokens <= MAX_DECODE_TOKENS else 3)
         out = num_rows // 2 if name == "gate-up" else num_rows

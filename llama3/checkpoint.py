@@ -101,6 +101,7 @@ def tensor_targets(weights: ModelWeights, config: ModelConfig) -> dict[str, Targ
     for number, layer in enumerate(weights.layers):
         query, key, value = layer.qkv.split([q_size, kv_size, kv_size])
         groups = gate_up_groups(layer.gate_up)
+        assert layer.attn_norm is not None and layer.mlp_norm is not None  # they are folded in after the load
         feed_forward = (config.intermediate_size, hidden)
         parts = {
             "input_layernorm": _whole(layer.attn_norm),

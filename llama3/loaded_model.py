@@ -46,13 +46,16 @@ class LoadedModel:
         MemoryPlan(config, resolved_dtype, free_memory(target), weight_bytes, num_batched_tokens=1).check(1, 1)
         start = time.perf_counter()
         weights = load_weights(folder, config, target, resolved_dtype, progress=show_progress)
+        weights.fold_norms()
         seconds = time.perf_counter() - start
         return cls(str(name), config, weights, tokenizer, read_sampling_defaults(folder), seconds)
 
     @classmethod
     def random(cls, name: str, config: ModelConfig, device: str | torch.device, seed: int = 0) -> "LoadedModel":
         """Random parameters in the shape of `config`, without a tokenizer: for measuring speed."""
-        return cls(name, config, random_weights(config, resolve_device(device), seed=seed))
+        weights = random_weights(config, resolve_device(device), seed=seed)
+        weights.fold_norms()
+        return cls(name, config, weights)
 
 
 def read_sampling_defaults(folder: Path) -> dict[str, Any]:

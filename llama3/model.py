@@ -32,20 +32,15 @@ class Transformer:
         others once their keys and values are cached.
         """
         ops, eps = self.ops, self.config.rms_norm_eps
-        x, parts = ops.embed(token_ids, self.weights.embed), None  # parts of the norm of x that comes next
-        layers = self.weights.layers
-        for index, layer in enumerate(layers):
-            is_last = index == len(layers) - 1
-            qkv = ops.norm_linear(x, layer.attn_norm, layer.qkv, eps, parts)
+        x, squares = ops.embed(token_ids, self.weights.embed), None  # sums of those of x, if somebody has them
+        for index, layer in enumerate(self.weights.layers):
+            qkv = ops.norm_linear(x, layer.attn_norm, layer.qkv, eps, squares)
             attn = ops.rope_append_attend(qkv, self.rope, cache.layer(index), batch)
-            if wanted is not None and is_last:
+            if wanted is not None and index == self.config.num_layers - 1:
                 x, attn = x[wanted], attn[wanted]
-            x, parts = ops.linear_add_norm(attn, layer.o, x, layer.mlp_norm)
-            mid = ops.norm_swiglu(x, layer.mlp_norm, layer.gate_up, eps, parts)
-            if is_last:
-                x = ops.linear_add(mid, layer.down, x)
-            else:
-                x, parts = ops.linear_add_norm(mid, layer.down, x, layers[index + 1].attn_norm)
+            x, squares = ops.linear_add_squares(attn, layer.o, x)
+            mid = ops.norm_swiglu(x, layer.mlp_norm, layer.gate_up, eps, squares)
+            x, squares = ops.linear_add_squares(mid, layer.down, x)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

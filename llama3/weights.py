@@ -14,10 +14,10 @@ from llama3.config import GATE_UP_GROUP, ModelConfig
 
 @dataclass
 class LayerWeights:
-    attn_norm: torch.Tensor  # [H]
+    attn_norm: torch.Tensor | None  # [H]; None: part of qkv
     qkv: torch.Tensor  # [(Hq + 2 Hkv) D, H]: all q heads, then all k heads, then all v heads
     o: torch.Tensor  # [H, Hq D]
-    mlp_norm: torch.Tensor  # [H]
+    mlp_norm: torch.Tensor | None  # [H]; None: part of gate_up
     gate_up: (
         torch.Tensor
     )  # [2 F, H]: 8 rows of gate, the same 8 rows of up, the next 8 of gate, ...: see gate_up_groups
@@ -35,10 +35,20 @@ class ModelWeights:
         """Every distinct parameter once, in the order in which a forward pass reads them."""
         yield self.embed
         for layer in self.layers:
-            yield from (layer.attn_norm, layer.qkv, layer.o, layer.mlp_norm, layer.gate_up, layer.down)
+            parameters = (layer.attn_norm, layer.qkv, layer.o, layer.mlp_norm, layer.gate_up, layer.down)
+            yield from (tensor for tensor in parameters if tensor is not None)
         yield self.final_norm
         if self.lm_head is not self.embed:
             yield self.lm_head
+
+    def fold_norms(self) -> None:
+        """Multiply the layers' norms into the matrices behind them, in place: no kernel then has to multiply tokens by
+        them. The result is rounded once to its dtype, where else the product of token and norm would be."""
+        for layer in self.layers:
+            for norm, matrix in ((layer.attn_norm, layer.qkv), (layer.mlp_norm, layer.gate_up)):
+                if norm is not None:
+                    matrix.mul_(norm)
+            layer.attn_norm = layer.mlp_norm = None
 
 
 def gate_up_groups(gate_up: torch.Tensor) -> torch.Tensor:

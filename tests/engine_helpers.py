@@ -21,6 +21,7 @@ GREEDY_64 = SamplingParams(temperature=0, max_tokens=64)
 def load_model(folder: Path, num_positions: int = 4096, dtype: torch.dtype | None = None) -> Transformer:
     config = ModelConfig.from_folder(folder)
     weights = load_weights(folder, config, "cpu", dtype, progress=False)
+    weights.fold_norms()
     return Transformer(config, weights, ReferenceOps(), RopeTable.build(config, num_positions))
 
 

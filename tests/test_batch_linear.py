@@ -12,8 +12,8 @@ from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 from llama3.shapes import shape_config
 
 BF16 = torch.bfloat16
-GOOD = {"x": 4096, "weight": 4096, "next_norm": 0, "residual": 0, "out": 4096, "num_tokens": 64, "num_rows": 64}
-GOOD |= {"weighted": 0, "squares": 4096, "count": 8}
+GOOD = {"x": 4096, "weight": 4096, "residual": 0, "out": 4096, "num_tokens": 64, "num_rows": 64}
+GOOD |= {"squares": 4096, "count": 8}
 GOOD |= {"size": 128, "eps": 1e-5, "form": NORM_LINEAR, "splits": 1, "trigger": 4, "shared_bytes": 106 << 10}
 GOOD |= {"tile_rows": 128, "ahead": 14, "overlap": False, "stream": 0}
 ADDING = {"form": LINEAR_ADD, "residual": 4096}
@@ -38,15 +38,11 @@ ADDING = {"form": LINEAR_ADD, "residual": 4096}
         ({"splits": 9, "size": 8192}, "splits is 9; supported here: 1 to 8"),
         ({"residual": 4096}, "a residual belongs to linear_add"),
         ({"form": LINEAR_ADD}, "a residual belongs to linear_add"),
-        ({"squares": 0}, "a product with a norm takes sums of squares"),
-        ({"count": 0}, "a product with a norm takes sums of squares"),
-        ({"weighted": 4096}, "as x what was weighted"),
-        ({"next_norm": 4096}, "no other norm follows"),
-        (ADDING | {"next_norm": 4096}, "both parts of the norm that it is given, or none"),
-        (ADDING | {"weighted": 4096}, "both parts of the norm that it is given, or none"),
-        (ADDING | {"squares": 0}, "room for 8 sums of squares a token; expected 0"),
-        (ADDING | {"next_norm": 4096, "weighted": 4096}, "room for 8 sums of squares a token; expected 4"),
-        (ADDING | {"next_norm": 4096, "weighted": 4098, "count": 4}, "weighted must be 16-byte aligned"),
+        ({"squares": 0}, "there are 8 sums of squares a token; expected 1 or more, of x"),
+        ({"count": 0}, "there are 0 sums of squares a token; expected 1 or more, of x"),
+        (ADDING, "there are 8 sums of squares a token; expected 4, of out"),
+        (ADDING | {"squares": 0}, "there are 8 sums of squares a token; expected 0"),
+        (ADDING | {"squares": 4098, "count": 4}, "squares must be 16-byte aligned"),
         ({"x": 4098}, "x must be 16-byte aligned"),
         ({"out": 4098}, "out must be 16-byte aligned"),
         (
@@ -63,23 +59,22 @@ def test_the_kernel_refuses(wrong: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        (((64,), (64,), (16, 64)), "x is .*expected .*T, K"),
-        (((40, 64), (64,), (32, 128)), r"weight is .*expected contiguous torch.bfloat16 \[32, 64\]"),
-        (((40, 64), (32,), (32, 64)), r"norm is .*expected contiguous torch.bfloat16 \[64\]"),
-        (((40, 64), (64,), (32, 64)), "x is on cpu; expected a CUDA device"),
+        (((64,), (16, 64)), "x is .*expected .*T, K"),
+        (((40, 64), (32, 128)), r"weight is .*expected contiguous torch.bfloat16 \[32, 64\]"),
+        (((40, 64), (32, 64)), "x is on cpu; expected a CUDA device"),
     ],
 )
 def test_tensors_are_named(shapes: tuple, message: str) -> None:
-    x, norm, weight = (torch.zeros(shape, dtype=BF16) for shape in shapes)
+    x, weight = (torch.zeros(shape, dtype=BF16) for shape in shapes)
     with pytest.raises(UserError, match=message):
-        batch_linear.norm_linear(x, norm, weight, 1e-5)
+        batch_linear.norm_linear(x, weight, 1e-5)
 
 
 @pytest.mark.parametrize("residual", (torch.zeros(32, dtype=BF16), torch.zeros(40, 16, dtype=BF16)))
 def test_a_wrong_residual_is_named_before_anything_is_made_for_the_next_norm(residual: torch.Tensor) -> None:
-    x, weight, norm = (torch.zeros(shape, dtype=BF16) for shape in ((40, 64), (32, 64), (32,)))
+    x, weight = (torch.zeros(shape, dtype=BF16) for shape in ((40, 64), (32, 64)))
     with pytest.raises(UserError, match=r"residual is .*expected contiguous torch.bfloat16 \[40, 32\]"):
-        batch_linear.linear_add_norm(x, weight, residual, norm)
+        batch_linear.linear_add_squares(x, weight, residual)
 
 
 def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,6 @@ import torch
 
 from llama3.ops import batch_linear
 from llama3.ops.batch_linear import Plan
-from llama3.ops.norm_parts import NormParts
-from llama3.ops.reference import ReferenceOps
 from tests.numerics import assert_within_contract
 from tests.one_kernel_helpers import (
     EPS,
@@ -17,8 +15,11 @@ from tests.one_kernel_helpers import (
     check_head,
     check_many_repeats,
     check_residual_as_result,
+    check_squares,
     check_swiglu,
     check_zero_rows,
+    norm_linear,
+    norm_swiglu,
     normal,
 )
 
@@ -26,6 +27,26 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper", "poisoned
 COUNTS = (1, 8, 17, 31, 32, 33, 48, 50, 64, 65, 96, 97, 127, 128)
 PLANS = tuple(Plan(splits) for splits in (1, 2, 3, 4, 5, 7, 8))
 ALONE = 200 << 10  # one block a multiprocessor
+
+
+def check_norm_behind(num_tokens: int, num_rows: int, size: int, plan: Plan | None) -> None:
+    """The sums of squares for the norm that follows, and what products make of them."""
+    x, weight, residual = (
+        normal(num_tokens, size),
+        normal(num_rows, size, scale=size**-0.5),
+        normal(num_tokens, num_rows),
+    )
+    wide = normal(1040, num_rows, scale=num_rows**-0.5)
+    torch.cuda.synchronize()
+    result, squares = batch_linear.linear_add_squares(x, weight, residual, plan)
+    assert torch.equal(result, batch_linear.linear_add(x, weight, residual, plan))
+    check_squares(result, squares)
+    if num_rows % 64:
+        return  # as the inner dimension of the next product
+    for run, reference in ((batch_linear.norm_linear, norm_linear), (batch_linear.norm_swiglu, norm_swiglu)):
+        normed = run(result, wide, EPS, squares)
+        assert_within_contract(normed, reference(result.double(), wide.double(), EPS), reference(result, wide, EPS))
+        assert torch.equal(normed, run(result, wide, EPS, squares))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -56,39 +77,18 @@ def test_every_part_of_the_ring_asked_for_early(plan: Plan, ahead: int) -> None:
     check_all(batch_linear, 40, *UNEVEN, {"plan": plan._replace(ahead=ahead)})
 
 
-def check_parts(result: torch.Tensor, norm: torch.Tensor, parts: NormParts) -> None:
-    """That they are those of the norm of what a product has made."""
-    assert torch.equal(parts.weighted, result * norm)
-    torch.testing.assert_close(parts.squares.double().sum(0), result.double().square().sum(1), rtol=1e-6, atol=1e-30)
-
-
-def check_norm_behind(num_tokens: int, num_rows: int, size: int, plan: Plan | None) -> None:
-    """The parts of the norm that follows, and what products make of them."""
-    x, weight, residual = (
-        normal(num_tokens, size),
-        normal(num_rows, size, scale=size**-0.5),
-        normal(num_tokens, num_rows),
-    )
-    norm, wide = normal(num_rows), normal(1040, num_rows, scale=num_rows**-0.5)
-    torch.cuda.synchronize()
-    result, parts = batch_linear.linear_add_norm(x, weight, residual, norm, plan)
-    assert torch.equal(result, batch_linear.linear_add(x, weight, residual, plan))
-    check_parts(result, norm, parts)
-    if num_rows % 64:
-        return  # as the inner dimension of the next product
-    reference, inputs = ReferenceOps(), (result, norm, wide)
-    for name in ("norm_linear", "norm_swiglu"):
-        exact = getattr(reference, name)(*(t.double() for t in inputs), EPS)
-        normed = getattr(batch_linear, name)(*inputs, EPS, parts)
-        assert_within_contract(normed, exact, getattr(reference, name)(*inputs, EPS))
-        assert torch.equal(normed, getattr(batch_linear, name)(*inputs, EPS, parts))
-
-
 @pytest.mark.parametrize("plan", (None, *PLANS[:4], Plan(8), Plan(2, ALONE, 0, 64), Plan(1, ALONE, 0, 80)), ids=str)
 @pytest.mark.parametrize("num_tokens", (1, 17, 33, 48, 64, 90, 128))
-def test_parts_of_the_norm_that_follows(num_tokens: int, plan: Plan | None) -> None:
+def test_squares_for_the_norm_that_follows(num_tokens: int, plan: Plan | None) -> None:
     for num_rows, size in ((2048, 2112), (1040, 704), (4096, 1024)):
         check_norm_behind(num_tokens, num_rows, size, plan)
+
+
+@pytest.mark.parametrize("tile_rows", (80, 112))
+@pytest.mark.parametrize("splits", (1, 2, 4, 7))
+@pytest.mark.parametrize("num_tokens", (17, 64))
+def test_squares_of_tiles_of_other_heights(num_tokens: int, splits: int, tile_rows: int) -> None:
+    check_norm_behind(num_tokens, 2048, 2112, Plan(splits, ALONE, 0, tile_rows))
 
 
 @pytest.mark.parametrize("num_tokens", (1, 16, 64, 128))

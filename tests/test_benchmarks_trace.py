@@ -182,7 +182,7 @@ def test_ranges_are_named_by_layer_and_op(tied):
         for layer in weights.layers:
             ops.norm_linear(0, layer.attn_norm, layer.qkv, 1e-5)
             ops.rope_append_attend(0, 0, 0, 0)
-            ops.linear_add_norm(0, weight=layer.o, residual=0, next_norm=layer.mlp_norm)
+            ops.linear_add_squares(0, weight=layer.o, residual=0)
             ops.norm_swiglu(0, layer.mlp_norm, layer.gate_up, 1e-5)
             ops.linear_add(0, layer.down, 0)
         ops.norm_linear(0, weights.final_norm, weights.lm_head, 1e-5)

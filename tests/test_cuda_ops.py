@@ -9,7 +9,7 @@ import torch
 
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import BLOCK_SIZE, LayerCache
-from llama3.ops import gemm_search, prefill_attention
+from llama3.ops import elementwise, gemm_search, prefill_attention
 from llama3.ops.cublaslt import Product
 from llama3.ops.reference import ReferenceOps
 from llama3.rope import RopeTable
@@ -38,7 +38,7 @@ def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
 
 
 def check_contract(
-    kernel: Callable[..., torch.Tensor], reference: Callable[..., torch.Tensor], *inputs: torch.Tensor | float
+    kernel: Callable[..., torch.Tensor], reference: Callable[..., torch.Tensor], *inputs: torch.Tensor | float | None
 ) -> None:
     """The kernel errs at most twice what the reference op errs in its dtype, plus a rounding floor; and it repeats."""
     torch.cuda.synchronize()  # kernels read weights ahead: they must not have been written by the kernel just before
@@ -56,7 +56,8 @@ def test_norm_linear(ops, num_tokens: int, size: str, dtype: torch.dtype) -> Non
     hidden, _ = SIZES[size]
     x, norm = normal(num_tokens, hidden, dtype=dtype, scale=3), normal(hidden, dtype=dtype)
     weight = normal(hidden + hidden // 2, hidden, dtype=dtype, scale=hidden**-0.5)
-    check_contract(ops.norm_linear, ReferenceOps().norm_linear, x, norm, weight, EPS)
+    for norm_weight in (None, norm):
+        check_contract(ops.norm_linear, ReferenceOps().norm_linear, x, norm_weight, weight, EPS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,7 +67,8 @@ def test_norm_swiglu(ops, num_tokens: int, size: str, dtype: torch.dtype) -> Non
     hidden, intermediate = SIZES[size]
     x, norm = normal(num_tokens, hidden, dtype=dtype, scale=0.1), normal(hidden, dtype=dtype)
     weight = normal(2 * intermediate, hidden, dtype=dtype, scale=2 * hidden**-0.5)
-    check_contract(ops.norm_swiglu, ReferenceOps().norm_swiglu, x, norm, weight, EPS)
+    for norm_weight in (None, norm):
+        check_contract(ops.norm_swiglu, ReferenceOps().norm_swiglu, x, norm_weight, weight, EPS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,6 +81,15 @@ def test_linear_add(ops, num_tokens: int, size: str, dtype: torch.dtype) -> None
     before = residual.clone()
     check_contract(ops.linear_add, ReferenceOps().linear_add, x, weight, residual)
     assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", (8, 2048, 4096, 16384))
+@pytest.mark.parametrize("num_tokens", (1, 3, 300))
+def test_sums_of_squares(num_tokens: int, size: int, dtype: torch.dtype) -> None:
+    x = normal(num_tokens, size, dtype=dtype, scale=3)
+    squares = elementwise.sum_squares(x)
+    torch.testing.assert_close(squares.double(), x.double().square().sum(1)[None], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("num_tokens", (1, 33, 256))
@@ -223,7 +234,6 @@ def test_ops_replay_in_a_graph(ops) -> None:
     """A decode layer captured once gives the same bits as the ops called one by one, also with other contents."""
     config, dtype, num_rows = shape_config("1b"), torch.bfloat16, 16
     hidden, intermediate = config.hidden_size, config.intermediate_size
-    norm = normal(hidden, dtype=dtype)
     qkv, o = (normal(n, hidden, dtype=dtype, scale=hidden**-0.5) for n in (config.qkv_size, hidden))
     gate_up = normal(2 * intermediate, hidden, dtype=dtype, scale=hidden**-0.5)
     down = normal(hidden, intermediate, dtype=dtype, scale=intermediate**-0.5)
@@ -232,9 +242,9 @@ def test_ops_replay_in_a_graph(ops) -> None:
     batch = DecodeBatch(slots, torch.zeros_like(slots), 128)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        attn = ops.rope_append_attend(ops.norm_linear(x, norm, qkv, EPS), rope, cache, batch)
-        x = ops.linear_add(attn, o, x)
-        return ops.linear_add(ops.norm_swiglu(x, norm, gate_up, EPS), down, x)
+        attn = ops.rope_append_attend(ops.norm_linear(x, None, qkv, EPS), rope, cache, batch)
+        x, squares = ops.linear_add_squares(attn, o, x)
+        return ops.linear_add(ops.norm_swiglu(x, None, gate_up, EPS, squares), down, x)
 
     torch.utils.deterministic.fill_uninitialized_memory = False
     x = normal(num_rows, hidden, dtype=dtype)

@@ -5,11 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama3.checkpoint import load_weights
+from llama3.config import ModelConfig
 from llama3.errors import CapacityError
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache
+from llama3.model import Transformer
+from llama3.ops.reference import ReferenceOps
+from llama3.rope import RopeTable
+from llama3.shapes import shape_config
+from llama3.weights import random_weights
 from tests.engine_helpers import load_model, poison
 from tests.model_folders import make_model_folder
+from tests.numerics import assert_within_contract
 
 # name: what differs from a single-file, untied, unscaled folder of schema 5 with head size 64 and ratio 2
 CONFIGS = {
@@ -127,3 +135,51 @@ def test_a_copied_slot_decodes_like_its_source(tmp_path: Path) -> None:
     step = DecodeBatch(torch.tensor([2, 0]).int(), torch.tensor([70, 70]).int(), max_context_len=71)
     logits = model.decode_step(torch.tensor([5, 5]), step, cache)
     torch.testing.assert_close(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+def test_norms_become_part_of_the_matrices_behind_them(dtype: torch.dtype) -> None:
+    plain, weights = (random_weights(shape_config("tiny", num_layers=2), "cpu", dtype) for _ in range(2))
+    for one, other in zip(plain.layers, weights.layers, strict=True):
+        for norm, same in ((one.attn_norm, other.attn_norm), (one.mlp_norm, other.mlp_norm)):
+            same.copy_(norm.uniform_(0.1, 3.0))
+    matrices = [(layer.qkv, layer.gate_up) for layer in weights.layers]
+    weights.fold_norms()
+    weights.fold_norms()  # once is enough
+    for before, after, held in zip(plain.layers, weights.layers, matrices, strict=True):
+        assert after.attn_norm is None and after.mlp_norm is None
+        assert after.qkv is held[0] and after.gate_up is held[1]
+        assert torch.equal(after.qkv, (before.qkv.double() * before.attn_norm.double()).to(dtype))
+        assert torch.equal(after.gate_up, (before.gate_up.double() * before.mlp_norm.double()).to(dtype))
+        assert torch.equal(after.o, before.o) and torch.equal(after.down, before.down)
+    assert len(list(weights.tensors())) == len(list(plain.tensors())) - 4
+
+
+@torch.inference_mode()
+def test_norms_folded_in_bf16_err_no_more(tmp_path: Path) -> None:
+    """Over a few models, against fp64 over the same bf16 parameters with the norms apart."""
+    token_ids, squares = torch.randint(2, 320, (100,)), {"folded": 0.0, "apart": 0.0}
+
+    def logits(folder: Path, dtype: torch.dtype, fold: bool) -> torch.Tensor:
+        config = ModelConfig.from_folder(folder)
+        weights = load_weights(folder, config, "cpu", torch.bfloat16, progress=False)
+        for holder in (weights, *weights.layers):
+            for name, tensor in vars(holder).items():
+                if isinstance(tensor, torch.Tensor):
+                    setattr(holder, name, tensor.to(dtype))
+        if fold:
+            weights.fold_norms()
+        cache = KVCache(config, 1, 128, dtype, "cpu")
+        batch = PrefillBatch.build([0], [100], cache.reserve([0], [100]), "cpu")
+        model = Transformer(config, weights, ReferenceOps(), RopeTable.build(config, 128))
+        return model.logits(model.forward(token_ids, batch, cache)).double()
+
+    for seed in range(6):
+        folder = tmp_path / str(seed)
+        make_model_folder(folder, seed=seed, num_hidden_layers=6, hidden_size=256)
+        truth = logits(folder, torch.float64, fold=False)
+        plain, folded = (logits(folder, torch.bfloat16, fold) for fold in (False, True))
+        assert_within_contract(folded.bfloat16(), truth, plain.bfloat16())
+        squares["apart"] += (plain - truth).square().mean().item()
+        squares["folded"] += (folded - truth).square().mean().item()
+    assert squares["folded"] < 1.1 * squares["apart"]

@@ -10,7 +10,7 @@ from llama3.ops.skinny_linear import Tiling, choose_tiling, min_tile_rows
 from llama3.shapes import shape_config
 
 BF16 = torch.bfloat16
-GOOD = {"x": 4096, "weight": 4096, "norm": 4096, "residual": 0, "out": 4096, "num_tokens": 16, "num_rows": 64}
+GOOD = {"x": 4096, "weight": 4096, "residual": 0, "out": 4096, "num_tokens": 16, "num_rows": 64}
 GOOD |= {"size": 128, "eps": 1e-5, "form": NORM_LINEAR, "tile_rows": 64, "splits": 1, "overlap": False, "stream": 0}
 
 
@@ -29,8 +29,8 @@ GOOD |= {"size": 128, "eps": 1e-5, "form": NORM_LINEAR, "tile_rows": 64, "splits
         ({"splits": 0}, "splits is 0"),
         ({"splits": 3}, "splits is 3; supported here: 1 to 1"),
         ({"splits": 9, "size": 8192}, "splits is 9; supported here: 1 to 8"),
-        ({"residual": 4096}, "linear_add takes a residual, the other forms a norm"),
-        ({"form": LINEAR_ADD}, "linear_add takes a residual"),
+        ({"residual": 4096}, "a residual belongs to linear_add"),
+        ({"form": LINEAR_ADD}, "a residual belongs to linear_add"),
         ({"x": 4098}, "x must be 16-byte aligned"),
         ({"out": 4098}, "out must be 16-byte aligned"),
     ],
@@ -43,16 +43,15 @@ def test_the_kernel_refuses(wrong: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        (((16,), (16,), (8, 16)), "x is .*expected .*T, K"),
-        (((2, 64), (64,), (32, 128)), r"weight is .*expected contiguous torch.bfloat16 \[32, 64\]"),
-        (((2, 64), (32,), (32, 64)), r"norm is .*expected contiguous torch.bfloat16 \[64\]"),
-        (((2, 64), (64,), (32, 64)), "x is on cpu; expected a CUDA device"),
+        (((16,), (8, 16)), "x is .*expected .*T, K"),
+        (((2, 64), (32, 128)), r"weight is .*expected contiguous torch.bfloat16 \[32, 64\]"),
+        (((2, 64), (32, 64)), "x is on cpu; expected a CUDA device"),
     ],
 )
 def test_tensors_are_named(shapes: tuple, message: str) -> None:
-    x, norm, weight = (torch.zeros(shape, dtype=BF16) for shape in shapes)
+    x, weight = (torch.zeros(shape, dtype=BF16) for shape in shapes)
     with pytest.raises(UserError, match=message):
-        skinny_linear.norm_linear(x, norm, weight, 1e-5)
+        skinny_linear.norm_linear(x, weight, 1e-5)
 
 
 def test_other_dtypes_and_residuals_are_named() -> None:

@@ -1,10 +1,7 @@
 // From the tensor cores' sums to the output: over the blocks of the cluster, then the form's epilogue. Every sum is
 // taken in a fixed order, so that a repeat is bitwise equal.
-//
-// A warp holds 16 rows of weight, a unit, for all tokens, in fragments of 16 rows by 8 tokens (common/wgmma.cuh): a
-// lane has rows r and r + 8 of tokens t and t + 1, r = lane / 4, t = 2 (lane % 4).
 #pragma once
-#include "batch_linear/params.h"
+#include "batch_linear/multiply.cuh"
 #include "common/async.cuh"
 #include "common/cluster.cuh"
 #include "common/mma.cuh"
@@ -71,107 +68,114 @@ __device__ __forceinline__ int sent_bytes(const Params& p, const Block& b) {
     return p.splits * units * unit_bytes(kTokens);
 }
 
-// What a lane needs beside its sums, of linear_add: two neighbouring rows of one token, and those 8 rows on.
-struct Added {
-    uint2 residual, next_norm;
-};
+__device__ __forceinline__ float silu(float x) {
+    return __fdividef(x, 1 + __expf(-x));
+}
 
-// Where a lane's part of a fragment goes: two neighbouring outputs of token lane / 4, for linear_add and norm_linear
-// also those 8 rows on. SwiGLU makes one output of rows r and r + 8.
-template <Form kForm>
+// Where a fragment goes: a lane writes two neighbouring outputs of tokens t and t + 8, t = lane / 4, for linear_add and
+// norm_linear also those 8 rows on. SwiGLU makes one output of rows r and r + 8.
+template <Form kForm, bool kTokensAreRows>
 struct Target {
-    int token, row;
-    int64_t index;  // in out and residual, in elements; negative: nowhere
+    static constexpr int kWords = kForm == Form::kNormSwiGlu ? 1 : 2;  // of two outputs, a token
+    int lane, first_token, row;
 
-    __device__ Target(const Params& p, const Block& b, int unit, int pair, int lane)
-        : token(pair * 8 + lane / 4), row(b.tile * p.tile_rows + unit * kUnitRows) {
-        const bool exists = token < p.num_tokens && row < p.num_rows;
-        const int64_t first = (int64_t(token) * p.num_rows + row) / rows_per_output(kForm);
-        index = exists ? first + lane % 4 * 2 : -1;
+    __device__ Target(const Params& p, const Block& b, int unit, int part, int lane)
+        : lane(lane), first_token(part * kPartTokens), row(b.tile * p.tile_rows + unit * kUnitRows) {}
+
+    __device__ __forceinline__ int token(int half) const { return first_token + 8 * half + lane / 4; }
+    __device__ __forceinline__ bool exists(const Params& p, int half) const {
+        return token(half) < p.num_tokens && row < p.num_rows;
     }
-    __device__ __forceinline__ Added load_added(const Params& p, int lane) const {
-        if (kForm != Form::kLinearAdd || index < 0) return {};
-        const auto load = [](const void* vector, int64_t at) -> uint2 {
-            const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(vector) + at);
-            return {from[0], from[4]};
-        };
-        return {load(p.residual, index), p.next_norm ? load(p.next_norm, row + lane % 4 * 2) : uint2{}};
+    // In out and residual, in elements.
+    __device__ __forceinline__ int64_t index(const Params& p, int half) const {
+        return (int64_t(token(half)) * p.num_rows + row) / rows_per_output(kForm) + lane % 4 * 2;
     }
-    // The parts of the norm that follows, of what was written: rows of one token in words of two.
-    __device__ __forceinline__ void prepare_norm(const Params& p, uint32_t low, uint32_t high, uint2 norm,
-                                                 int lane) const {
-        const float2 a = Pack::to_floats(low), b = Pack::to_floats(high);
-        float squares = fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(b.x, b.x, b.y * b.y)));
-        squares += __shfl_xor_sync(~0u, squares, 1);
-        squares += __shfl_xor_sync(~0u, squares, 2);
-        if (index < 0) return;
-        auto* to = reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(p.parts.weighted) + index);
-        to[0] = common::multiply_pairs(low, norm.x), to[4] = common::multiply_pairs(high, norm.y);
-        if (lane % 4 == 0) p.parts.squares[row / kUnitRows * p.num_tokens + token] = squares;
+    // The words in the places of those that are written: of token t two, then of token t + 8.
+    __device__ __forceinline__ uint4 load_residual(const Params& p) const {
+        uint2 of_token[2] = {};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (kForm != Form::kLinearAdd || !exists(p, half)) continue;
+            const auto* residual = static_cast<const __nv_bfloat16*>(p.residual) + index(p, half);
+            const auto* from = reinterpret_cast<const uint32_t*>(residual);
+            of_token[half] = {from[0], from[4]};
+        }
+        return {of_token[0].x, of_token[0].y, of_token[1].x, of_token[1].y};
     }
-    __device__ __forceinline__ void write(const Params& p, const Block& b, float4 v, const Added& added, int pair,
-                                          int lane) const {
-        auto* to = reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(p.out) + index);
+
+    // From what is written to what the lane holds sums of, or back: 8 tokens by 8 rows.
+    __device__ __forceinline__ static uint32_t turn(uint32_t word) {
+        return kTokensAreRows ? word : common::transpose_8x8(word);
+    }
+    // The words of 8 tokens from sums of theirs, of rows below 8 and from there on.
+    __device__ __forceinline__ void finish(uint32_t (&words)[kWords], const Block& b, int half, float2 low, float2 high,
+                                           uint2 residual) const {
         if constexpr (has_norm(kForm)) {
-            const float2 scale = *reinterpret_cast<const float2*>(&b.own().scale[pair * 8 + lane % 4 * 2]);
-            v.x *= scale.x, v.y *= scale.y, v.z *= scale.x, v.w *= scale.y;
+            const float* scales = b.own().scale;
+            const float2 scale = kTokensAreRows
+                                     ? float2{scales[token(half)], scales[token(half)]}
+                                     : *reinterpret_cast<const float2*>(scales + first_token + 8 * half + lane % 4 * 2);
+            low.x *= scale.x, low.y *= scale.y, high.x *= scale.x, high.y *= scale.y;
+        }
+        if constexpr (kForm == Form::kLinearAdd) {
+            const float2 a = Pack::to_floats(turn(residual.x)), b = Pack::to_floats(turn(residual.y));
+            low.x += a.x, low.y += a.y, high.x += b.x, high.y += b.y;
         }
         if constexpr (kForm == Form::kNormSwiGlu) {
-            const float x = __fdividef(v.x, 1 + __expf(-v.x)) * v.z, y = __fdividef(v.y, 1 + __expf(-v.y)) * v.w;
-            const uint32_t word = common::transpose_8x8(Pack::from_floats(x, y));
-            if (index >= 0) to[0] = word;
+            words[0] = turn(Pack::from_floats(silu(low.x) * high.x, silu(low.y) * high.y));
         } else {
-            if constexpr (kForm == Form::kLinearAdd) {
-                const float2 low = Pack::to_floats(common::transpose_8x8(added.residual.x));
-                const float2 high = Pack::to_floats(common::transpose_8x8(added.residual.y));
-                v.x += low.x, v.y += low.y, v.z += high.x, v.w += high.y;
+            words[0] = turn(Pack::from_floats(low.x, low.y)), words[1] = turn(Pack::from_floats(high.x, high.y));
+        }
+    }
+    // For the norm that follows: of what was written, a unit's rows of one token.
+    __device__ __forceinline__ void sum_squares(const Params& p, const uint32_t (&words)[kWords], int half) const {
+        float squares = 0;
+#pragma unroll
+        for (const uint32_t word : words) {
+            const float2 v = Pack::to_floats(word);
+            squares = fmaf(v.x, v.x, fmaf(v.y, v.y, squares));
+        }
+        squares += __shfl_xor_sync(~0u, squares, 1);
+        squares += __shfl_xor_sync(~0u, squares, 2);
+        if (exists(p, half) && lane % 4 == 0) p.squares.sums[row / kUnitRows * p.num_tokens + token(half)] = squares;
+    }
+    // d: the lane's eight sums.
+    __device__ __forceinline__ void write(const Params& p, const Block& b, const float* d, uint4 residual) const {
+        constexpr int kLow = kTokensAreRows ? 2 : 4, kHigh = kTokensAreRows ? 4 : 2;  // a half and a high row further
+        const uint2 added[] = {{residual.x, residual.y}, {residual.z, residual.w}};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float* of_half = d + kLow * half;
+            uint32_t words[kWords];
+            finish(words, b, half, {of_half[0], of_half[1]}, {of_half[kHigh], of_half[kHigh + 1]}, added[half]);
+            if (exists(p, half)) {
+                auto* to = reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(p.out) + index(p, half));
+#pragma unroll
+                for (int i = 0; i < kWords; ++i) to[4 * i] = words[i];
             }
-            const uint32_t low = common::transpose_8x8(Pack::from_floats(v.x, v.y));
-            const uint32_t high = common::transpose_8x8(Pack::from_floats(v.z, v.w));
-            if (index >= 0) to[0] = low, to[4] = high;
-            if (kForm == Form::kLinearAdd && p.next_norm) prepare_norm(p, low, high, added.next_norm, lane);
+            if (kForm == Form::kLinearAdd && p.squares.sums) sum_squares(p, words, half);
         }
     }
 };
 
-// Sums of a warp's units: number k is unit `warp` + 8 k of the tile.
-template <int kTokens, bool kTall>
-struct Sums {
-    static constexpr int kUnits = kTall ? 2 : 1;
-    float d[kUnits][kTokens / 2];
-
-    // Calls use(unit, its sums) for those that the tile has.
-    template <typename Use>
-    __device__ __forceinline__ void each(const Params& p, int warp, Use use) const {
-        if (warp < p.units) use(warp, d[0]);
-        if constexpr (kTall)
-            if (warp + kConsumerWarps < p.units) use(warp + kConsumerWarps, d[1]);
-    }
-};
-
-// The warps of a block share the fragments that it finishes: warp w takes w, w + 8, ... of [own unit][tokens / 8].
-template <int kTokens, Form kForm, bool kTall>
+// The warps of a block share the fragments that it finishes: each has one part, of every so many-th unit.
+template <int kTokens, Form kForm>
 struct Finisher {
-    static constexpr int kPairs = kTokens / 8;
-    static constexpr int kAhead = kForm == Form::kLinearAdd ? 2 : 0;  // fragments whose Added is asked for early
+    static constexpr int kParts = kTokens / kPartTokens, kApart = kConsumerWarps / kParts;
+    using Target = batch_linear::Target<kForm, tokens_are_rows(kTokens)>;
     const Params& p;
     const Block& b;
     const Receiver<kTokens> own;
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    Added added[kAhead + 1];
+    const int lane = threadIdx.x % 32, part = threadIdx.x / 32 % kParts, first = threadIdx.x / 32 / kParts;
+    uint4 first_residual;  // asked for before the product
 
     __device__ Finisher(const Params& p, const Block& b) : p(p), b(b), own(p, b.rank) {}
 
-    __device__ __forceinline__ Target<kForm> target(int item) const {
-        return {p, b, own.first + item / kPairs, item % kPairs, lane};
-    }
+    __device__ __forceinline__ bool has(int unit) const { return first < kApart && unit < own.units; }
+    __device__ __forceinline__ Target target(int unit) const { return {p, b, own.first + unit, part, lane}; }
 
     __device__ __forceinline__ void begin() {
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            const int item = warp + i * kConsumerWarps;
-            added[i] = item < own.units * kPairs ? target(item).load_added(p, lane) : Added{};
-        }
+        if (kForm == Form::kLinearAdd && has(first)) first_residual = target(first).load_residual(p);
     }
 
     __device__ __forceinline__ void wait_for_scales() {
@@ -179,56 +183,49 @@ struct Finisher {
     }
 
     // All there is to sum is in this block.
-    __device__ __forceinline__ void finish_alone(const Sums<kTokens, kTall>& sums) {
-        wait_for_scales();
-        sums.each(p, warp, [&](int unit, const float (&d)[kTokens / 2]) {
-#pragma unroll
-            for (int j = 0; j < kPairs; ++j) {
-                const Target<kForm> to(p, b, unit, j, lane);
-                to.write(p, b, {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]}, to.load_added(p, lane), j, lane);
-            }
+    template <typename Sums>
+    __device__ __forceinline__ void finish_alone(const Sums& sums) {
+        sums.each(p, [&](int unit, int part, const float* d) {
+            const Target to(p, b, unit, part, lane);
+            to.write(p, b, d, to.load_residual(p));
         });
     }
 
-    // Every warp's fragments to the block that finishes its unit.
-    __device__ __forceinline__ void send_sums(const Sums<kTokens, kTall>& sums) {
+    // Every warp's fragments to the block that finishes their unit.
+    template <typename Sums>
+    __device__ __forceinline__ void send_sums(const Sums& sums) {
         common::wait_for_cluster(b.drained());
-        sums.each(p, warp, [&](int unit, const float (&d)[kTokens / 2]) {
+        sums.each(p, [&](int unit, int part, const float* d) {
             const int owner = owner_of(unit, p.units, p.splits);
             const Receiver<kTokens> receiver(p, owner);
             const uint32_t to = common::in_block(b.base, owner), barrier = to + b.received() - b.base;
-            const uint32_t place = to + receiver.place(p, b.rank, unit - receiver.first) + lane * 16;
+            const uint32_t place = to + receiver.place(p, b.rank, unit - receiver.first) + part * kFragmentBytes;
 #pragma unroll
-            for (int j = 0; j < kPairs; ++j)
-                common::send(place + j * 512, barrier, d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
+            for (int j = 0; j < 2; ++j)
+                common::send(place + (j * 32 + lane) * 16, barrier, d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
         });
     }
 
-    __device__ __forceinline__ float4 received_sum(int item) const {
-        const int unit = item / kPairs, offset = (item % kPairs * 32 + lane) * 16;
-        float4 v = *b.at<float4>(own.place(p, 0, unit) + offset);
+    __device__ __forceinline__ void finish(int unit, uint4 residual) const {
+        float4 sum[2] = {};
 #pragma unroll 4
-        for (int source = 1; source < p.splits; ++source) {
-            const float4 more = *b.at<float4>(own.place(p, source, unit) + offset);
-            v.x += more.x, v.y += more.y, v.z += more.z, v.w += more.w;
+        for (int source = 0; source < p.splits; ++source) {
+            const float4* from = b.at<float4>(own.place(p, source, unit) + part * kFragmentBytes) + lane;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const float4 more = from[32 * j];
+                sum[j].x += more.x, sum[j].y += more.y, sum[j].z += more.z, sum[j].w += more.w;
+            }
         }
-        return v;
+        const float d[] = {sum[0].x, sum[0].y, sum[0].z, sum[0].w, sum[1].x, sum[1].y, sum[1].z, sum[1].w};
+        target(unit).write(p, b, d, residual);
     }
 
     __device__ __forceinline__ void finish_received() {
-        wait_for_scales();
         common::wait_for_cluster(b.received());
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            const int item = warp + i * kConsumerWarps;
-            if (item < own.units * kPairs) target(item).write(p, b, received_sum(item), added[i], item % kPairs, lane);
-        }
+        if (has(first)) finish(first, first_residual);
 #pragma unroll 1
-        for (int item = warp + kAhead * kConsumerWarps; item < own.units * kPairs; item += kConsumerWarps) {
-            const Target<kForm> to = target(item);
-            const Added loaded = to.load_added(p, lane);
-            to.write(p, b, received_sum(item), loaded, item % kPairs, lane);
-        }
+        for (int unit = first + kApart; has(unit); unit += kApart) finish(unit, target(unit).load_residual(p));
     }
 };
 

@@ -1,6 +1,3 @@
 #include "batch_linear/instances.cuh"
 
-template <>
-const void* batch_linear::kernel_for<batch_linear::Form::kLinearAdd>(int tokens, bool tall) {
-    return instantiate<Form::kLinearAdd>(tokens, tall);
-}
+template batch_linear::Kernel batch_linear::kernel_for<batch_linear::Form::kLinearAdd>(int tokens, int tile_rows);

@@ -1,6 +1,3 @@
 #include "batch_linear/instances.cuh"
 
-template <>
-const void* batch_linear::kernel_for<batch_linear::Form::kNormSwiGlu>(int tokens, bool tall) {
-    return instantiate<Form::kNormSwiGlu>(tokens, tall);
-}
+template batch_linear::Kernel batch_linear::kernel_for<batch_linear::Form::kNormSwiGlu>(int tokens, int tile_rows);

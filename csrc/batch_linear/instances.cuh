@@ -4,30 +4,28 @@
 
 namespace batch_linear {
 
-// The kernel for `tokens`, which is one of kTokenCounts, and for tiles of more than kShortRows or not.
-template <Form kForm>
-const void* kernel_for(int tokens, bool tall);
-
-template <int kTokens, Form kForm>
-const void* instantiate(bool tall) {
-    if constexpr (may_be_tall(kForm, kTokens))
-        if (tall) return reinterpret_cast<const void*>(batch_linear_kernel<kTokens, kForm, true>);
-    return reinterpret_cast<const void*>(batch_linear_kernel<kTokens, kForm, false>);
+template <Form kForm, int kTokens, int kIndex = 0>
+Kernel instantiate(int tile_rows) {
+    constexpr auto heights = tile_heights<kForm, kTokens>();
+    if constexpr (kIndex + 1 < heights.size())
+        if (tile_rows > heights[kIndex]) return instantiate<kForm, kTokens, kIndex + 1>(tile_rows);
+    return {reinterpret_cast<const void*>(batch_linear_kernel<kTokens, heights[kIndex], kForm>), heights[kIndex]};
 }
 
+// That for `tokens`, which is one of kTokenCounts, and for tiles of so many rows.
 template <Form kForm>
-const void* instantiate(int tokens, bool tall) {
+Kernel kernel_for(int tokens, int tile_rows) {
     switch (tokens) {
         case 32:
-            return instantiate<32, kForm>(tall);
+            return instantiate<kForm, 32>(tile_rows);
         case 48:
-            return instantiate<48, kForm>(tall);
+            return instantiate<kForm, 48>(tile_rows);
         case 64:
-            return instantiate<64, kForm>(tall);
+            return instantiate<kForm, 64>(tile_rows);
         case 96:
-            return instantiate<96, kForm>(tall);
+            return instantiate<kForm, 96>(tile_rows);
         default:
-            return instantiate<128, kForm>(tall);
+            return instantiate<kForm, 128>(tile_rows);
     }
 }
 

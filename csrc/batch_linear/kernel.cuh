@@ -4,9 +4,9 @@
 // A cluster of `splits` blocks makes a tile of up to 256 weight rows for all tokens, each block over its part of the
 // inner dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for
 // weight before the previous kernel has ended, because weights are constants: with half of an SM's shared memory each,
-// this kernel's ring fills while the previous kernel's blocks still work. Two warpgroups multiply, with weights as the
-// tensor cores' rows and tokens as their columns, straight from shared memory. RMSNorm costs no pass over x: the
-// product that makes x leaves the norm's parts (NormParts), and the one that needs them scales sums.
+// this kernel's ring fills while the previous kernel's blocks still work. Up to two warpgroups multiply, straight from
+// shared memory. RMSNorm costs no pass over x: its weight is part of `weight`, the product that makes x leaves sums of
+// its squares, and the one behind scales its own.
 //
 // weight [num_rows, size], x [num_tokens, size], out [num_tokens, num_rows] (see Params); all contiguous bf16. weight
 // is read before the previous kernel has ended: it must have been written by an earlier one.
@@ -14,12 +14,12 @@
 #include <cuda.h>
 
 #include "batch_linear/finish.cuh"
+#include "batch_linear/multiply.cuh"
 #include "batch_linear/scale.cuh"
-#include "common/wgmma.cuh"
 
 namespace batch_linear {
 
-using common::operand, common::wgmma, common::wgmma_commit, common::wgmma_fence, common::wgmma_wait;
+using common::wgmma_commit, common::wgmma_wait;
 
 __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, uint32_t barrier, int column, int row,
                                          uint64_t policy) {
@@ -73,65 +73,57 @@ struct Producer {
     }
 };
 
-template <int kTokens, Form kForm, bool kTall>
+template <int kTokens, int kRows, Form kForm>
 __device__ __forceinline__ void consume(const Params& p, const Block& b) {
-    constexpr int kGroupBytes = row_bytes(kShortRows / 2);  // of weight, for one instruction
-    const int bytes = stage_bytes(p.tile_rows, kTokens);
-    const int thread = threadIdx.x, lane = thread % 32, group = common::uniform_warp() / 4;
+    const int bytes = stage_bytes(p.tile_rows, kTokens), lane = threadIdx.x % 32;
     common::wait_for_previous_kernel();
-    Finisher<kTokens, kForm, kTall> finisher(p, b);
+    Finisher<kTokens, kForm> finisher(p, b);
     finisher.begin();
     const int last_step = p.splits > 1 ? finisher.own.last_step(p) : b.steps;  // before peers may send
 
-    Sums<kTokens, kTall> sums;
-    // A warpgroup without rows in the tile would only take the other's time in shared memory. Both conditions come from
-    // numbers that the compiler knows to be the same for the whole warpgroup, or its instructions would run one by one.
-    const bool has_rows = group * kShortRows / 2 < p.tile_rows;
-    const bool is_tall = kTall && (2 + group) * kShortRows / 2 < p.tile_rows;
-    int stage = 0, before = 0;
-    uint32_t phase = 0;
+    Sums<kTokens, kRows> sums(p);
+    const bool multiplies = sums.kGroups == 2 || common::uniform_warp() < 4;
+    if (multiplies) {
+        int stage = 0, before = 0;
+        uint32_t phase = 0;
 #pragma unroll 1
-    for (int step = 0; step < b.steps; ++step) {
-        const uint32_t weight = b.base + stage * bytes, x = weight + row_bytes(p.tile_rows);
-        common::mbarrier_wait(b.full(stage), phase);
-        const uint64_t rows = operand(weight + group * kGroupBytes), columns = operand(x);
-        if (has_rows) {
-            wgmma_fence();
-#pragma unroll
-            for (int k = 0; k < kStageColumns / 16; ++k)  // 32 bytes further along the rows
-                wgmma<__nv_bfloat16, kTokens>(sums.d[0], rows + 2 * k, columns + 2 * k, step + k);
+        for (int step = 0; step < b.steps; ++step) {
+            const uint32_t weight = b.base + stage * bytes;
+            common::mbarrier_wait(b.full(stage), phase);
+            sums.multiply(weight, weight + row_bytes(p.tile_rows), step);
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (step > 0 && lane == 0) common::mbarrier_arrive(b.empty(before));
+            if (step == last_step + 1) allow_sending(p, b, lane);
+            before = stage;
+            if (++stage == p.stages) stage = 0, phase ^= 1;
         }
-        if constexpr (kTall) {
-            // Rows beyond the tile's are whatever lies there; what comes of them is not used.
-            const uint64_t upper = operand(weight + (2 + group) * kGroupBytes);
-            if (is_tall) {
-                wgmma_fence();
-#pragma unroll
-                for (int k = 0; k < kStageColumns / 16; ++k)
-                    wgmma<__nv_bfloat16, kTokens>(sums.d[1], upper + 2 * k, columns + 2 * k, step + k);
-            }
-        }
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (step > 0 && lane == 0) common::mbarrier_arrive(b.empty(before));
-        if (step == last_step + 1) allow_sending(p, b, lane);
-        before = stage;
-        if (++stage == p.stages) stage = 0, phase ^= 1;
+        wgmma_wait<0>();
     }
-    wgmma_wait<0>();
     if (p.splits == 1) {
-        finisher.finish_alone(sums);
+        finisher.wait_for_scales();
+        if (multiplies) finisher.finish_alone(sums);
         return;
     }
-    if (last_step + 1 >= b.steps) allow_sending(p, b, lane);
-    finisher.send_sums(sums);
+    if (multiplies) {
+        if (last_step + 1 >= b.steps) allow_sending(p, b, lane);
+        finisher.send_sums(sums);
+    } else {
+        common::cluster_wait();
+    }
+    finisher.wait_for_scales();
     finisher.finish_received();
 }
 
-// Two blocks an SM: this kernel's and the next one's. Tall tiles and SwiGLU come with a ring that leaves no room for
-// another of their kind.
-template <int kTokens, Form kForm, bool kTall>
-__global__ void __launch_bounds__(threads(kForm), kTokens <= 64 && !kTall && kForm != Form::kNormSwiGlu ? 2 : 1)
+// Registers for two blocks an SM, this kernel's and the next one's, where their rings may leave room for both: not of
+// SwiGLU's, and not where a tile is cut to give every SM one.
+template <Form kForm>
+constexpr bool leaves_room(int tokens, int rows) {
+    return tokens <= 64 && rows != 96 && kForm != Form::kNormSwiGlu;
+}
+
+template <int kTokens, int kRows, Form kForm>
+__global__ void __launch_bounds__(threads(kForm), leaves_room<kForm>(kTokens, kRows) ? 2 : 1)
     batch_linear_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant__ CUtensorMap x,
                         const __grid_constant__ Params p) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
@@ -149,10 +141,10 @@ __global__ void __launch_bounds__(threads(kForm), kTokens <= 64 && !kTall && kFo
     if (common::elect_one()) {  // each barrier is an instruction of some fifty cycles: every warp makes a few
         for (int i = warp; i < p.stages; i += threads(kForm) / 32) {
             common::mbarrier_init(b.full(i), 1);
-            common::mbarrier_init(b.empty(i), kConsumerWarps);
+            common::mbarrier_init(b.empty(i), 4 * Sums<kTokens, kRows>::kGroups);
         }
         if (warp == kConsumerWarps) {
-            common::mbarrier_init(b.drained(), kConsumerWarps * p.splits);
+            common::mbarrier_init(b.drained(), 4 * Sums<kTokens, kRows>::kGroups * p.splits);
             common::mbarrier_init(b.received(), 1);
         }
         common::fence_barrier_init();
@@ -166,7 +158,7 @@ __global__ void __launch_bounds__(threads(kForm), kTokens <= 64 && !kTall && kFo
     }
     if (p.splits > 1) common::cluster_arrive();
     if (warp < kConsumerWarps) {
-        consume<kTokens, kForm, kTall>(p, b);
+        consume<kTokens, kRows, kForm>(p, b);
     } else if (warp == kConsumerWarps) {
         producer.run();
         if (p.splits > 1) common::cluster_wait();

@@ -10,7 +10,7 @@
 namespace batch_linear {
 
 template <Form kForm>
-const void* kernel_for(int tokens, bool tall);
+Kernel kernel_for(int tokens, int tile_rows);
 
 namespace {
 
@@ -22,20 +22,17 @@ int divide_up(int a, int b) {
     return (a + b - 1) / b;
 }
 
-void check_norm(const Problem& q, const NormParts& parts) {
+void check_squares(const Problem& q, const Squares& squares) {
+    const std::string found = "there are " + std::to_string(squares.count) + " sums of squares a token; expected ";
     if (has_norm(q.form)) {
-        require(parts.squares && parts.count >= 1 && !parts.weighted && !q.norm,
-                "a product with a norm takes sums of squares, and as x what was weighted; no other norm follows");
-        return;
+        require(squares.sums && squares.count >= 1, found + "1 or more, of x");
+    } else {
+        const int count = squares.sums ? q.num_rows / kUnitRows : 0;
+        require(squares.count == count, found + std::to_string(count) + ", of out");
     }
-    require(bool(q.norm) == bool(parts.weighted) && bool(q.norm) == bool(parts.squares),
-            "linear_add leaves both parts of the norm that it is given, or none");
-    const int count = q.norm ? q.num_rows / kUnitRows : 0;
-    require(parts.count == count, "there is room for " + std::to_string(parts.count) +
-                                      " sums of squares a token; expected " + std::to_string(count));
 }
 
-void check(const Problem& q, const NormParts& parts, const Plan& plan) {
+void check(const Problem& q, const Squares& squares, const Plan& plan) {
     require(q.num_tokens >= 1 && q.num_tokens <= kMaxTokens,
             "num_tokens is " + std::to_string(q.num_tokens) + "; supported: 1 to " + std::to_string(kMaxTokens));
     require(q.size >= kStageColumns && q.size % kStageColumns == 0,
@@ -45,24 +42,19 @@ void check(const Problem& q, const NormParts& parts, const Plan& plan) {
     const int most = std::min(kMaxSplits, q.size / kStageColumns);
     require(plan.splits >= 1 && plan.splits <= most,
             "splits is " + std::to_string(plan.splits) + "; supported here: 1 to " + std::to_string(most));
-    const int tallest = may_be_tall(q.form, padded_tokens(q.num_tokens)) ? kTallRows : kShortRows;
+    const int tallest = tallest_tile(q.form, padded_tokens(q.num_tokens));
     require(plan.tile_rows >= kMinTileRows && plan.tile_rows <= tallest && plan.tile_rows % kUnitRows == 0,
             "tile_rows is " + std::to_string(plan.tile_rows) + "; supported here: multiples of " +
                 std::to_string(kUnitRows) + " from " + std::to_string(kMinTileRows) + " to " + std::to_string(tallest));
     require(plan.ahead >= 0, "ahead is " + std::to_string(plan.ahead) + "; expected 0 or more stages");
     require((q.form == Form::kLinearAdd) == (q.residual != nullptr),
             "a residual belongs to linear_add, and to no other");
-    check_norm(q, parts);
+    check_squares(q, squares);
     const struct {
         const char* name;
         const void* pointer;
-    } operands[] = {{"x", q.x},
-                    {"weight", q.weight},
-                    {"out", q.out},
-                    {"next_norm", q.norm},
-                    {"residual", q.residual},
-                    {"weighted", parts.weighted},
-                    {"squares", parts.squares}};
+    } operands[] = {
+        {"x", q.x}, {"weight", q.weight}, {"out", q.out}, {"residual", q.residual}, {"squares", squares.sums}};
     for (const auto& operand : operands)
         require(reinterpret_cast<uintptr_t>(operand.pointer) % 16 == 0,
                 std::string(operand.name) + " must be 16-byte aligned");
@@ -80,35 +72,35 @@ CUtensorMap matrix_map(const void* matrix, int rows, int columns, int box_rows) 
     return map;
 }
 
-const void* select_kernel(Form form, int tokens, bool tall) {
+Kernel select_kernel(Form form, int tokens, int tile_rows) {
     switch (form) {
         case Form::kNormLinear:
-            return kernel_for<Form::kNormLinear>(tokens, tall);
+            return kernel_for<Form::kNormLinear>(tokens, tile_rows);
         case Form::kLinearAdd:
-            return kernel_for<Form::kLinearAdd>(tokens, tall);
+            return kernel_for<Form::kLinearAdd>(tokens, tile_rows);
         case Form::kNormSwiGlu:
-            return kernel_for<Form::kNormSwiGlu>(tokens, tall);
+            return kernel_for<Form::kNormSwiGlu>(tokens, tile_rows);
     }
     throw std::invalid_argument("unknown form");
 }
 
 }  // namespace
 
-void launch(const Problem& q, const NormParts& parts, const Plan& plan, bool overlap, cudaStream_t stream) {
-    check(q, parts, plan);
+void launch(const Problem& q, const Squares& squares, const Plan& plan, bool overlap, cudaStream_t stream) {
+    check(q, squares, plan);
     const int tokens = padded_tokens(q.num_tokens);
 
     Params p{};
-    p.residual = q.residual, p.out = q.out, p.next_norm = q.norm, p.parts = parts;
+    p.residual = q.residual, p.out = q.out, p.squares = squares;
     p.num_tokens = q.num_tokens, p.num_rows = q.num_rows, p.size = q.size, p.eps = q.eps;
     p.splits = plan.splits, p.trigger = plan.trigger;
     p.tile_rows = plan.tile_rows, p.units = plan.tile_rows / kUnitRows;
     const int bytes_of_stage = stage_bytes(p.tile_rows, tokens);
     p.steps = q.size / kStageColumns;
     const int block_steps = divide_up(p.steps, p.splits);
-    // Instructions take kMinTileRows rows each: of a tile that ends between, also what follows, which has to be there.
-    const int read_rows = divide_up(p.tile_rows, kMinTileRows) * kMinTileRows;
-    const int behind = std::max(int(sizeof(Tail)), row_bytes(read_rows) - bytes_of_stage);
+    const Kernel kernel = select_kernel(q.form, tokens, p.tile_rows);
+    // What is read behind a tile that is not so high has to be there behind the last stage as well.
+    const int behind = std::max(int(sizeof(Tail)), row_bytes(kernel.rows) - bytes_of_stage);
     p.stages = std::min({kMaxStages, block_steps, (plan.shared_bytes - behind) / bytes_of_stage});
     const int least =
         std::max(std::min(2, block_steps),
@@ -120,8 +112,7 @@ void launch(const Problem& q, const NormParts& parts, const Plan& plan, bool ove
     p.tail_offset = p.stages * bytes_of_stage;
     const int bytes = p.tail_offset + behind;
 
-    const void* kernel = select_kernel(q.form, tokens, p.tile_rows > kShortRows);
-    common::allow_shared_memory(kernel, common::shared_memory_limit(), true);
+    common::allow_shared_memory(kernel.function, common::shared_memory_limit(), true);
     CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, p.tile_rows);
     CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens);
 
@@ -139,7 +130,7 @@ void launch(const Problem& q, const NormParts& parts, const Plan& plan, bool ove
     config.attrs = p.splits > 1 ? attributes : attributes + 1;
     config.numAttrs = (p.splits > 1) + overlap;
     void* arguments[] = {&weight, &x, &p};
-    CHECK_CUDA(cudaLaunchKernelExC(&config, kernel, arguments));
+    CHECK_CUDA(cudaLaunchKernelExC(&config, kernel.function, arguments));
 }
 
 }  // namespace batch_linear

@@ -6,8 +6,6 @@
 
 namespace batch_linear {
 
-// `norm` of a Problem is that which follows linear_add, or null; other forms take theirs as NormParts, one of which is
-// x.
 using common::Problem;
 
 // splits: blocks of the cluster that makes a tile of tile_rows. trigger: stages left to ask for when the next kernel
@@ -19,6 +17,6 @@ struct Plan {
 
 // Throws std::invalid_argument for what the kernel does not support (before any CUDA call), std::runtime_error if CUDA
 // fails. `overlap`: programmatic dependent launch.
-void launch(const Problem& problem, const NormParts& parts, const Plan& plan, bool overlap, cudaStream_t stream);
+void launch(const Problem& problem, const Squares& squares, const Plan& plan, bool overlap, cudaStream_t stream);
 
 }  // namespace batch_linear

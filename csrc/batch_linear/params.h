@@ -1,5 +1,6 @@
 // What the host tells the kernel, and every constant that host and device must agree on.
 #pragma once
+#include <array>
 #include <cstdint>
 
 #include "common/linear.h"
@@ -7,18 +8,16 @@
 namespace batch_linear {
 
 constexpr int kMaxTokens = 128;
-constexpr int kUnitRows = 16;                           // rows whose sums one warp holds
-constexpr int kConsumerWarps = 8;                       // two warpgroups
-constexpr int kMinTileRows = 64;                        // one instruction's
-constexpr int kShortRows = kConsumerWarps * kUnitRows;  // of a tile, a unit a warp
-constexpr int kTallRows = 2 * kShortRows;               // the most, two units a warp
-constexpr int kStageColumns = 64;                       // 128 bytes, the swizzle's width
-constexpr int kMaxSplits = 8;                           // blocks of a cluster, the portable limit
+constexpr int kConsumerWarps = 8;                   // two warpgroups
+constexpr int kUnitRows = 16, kPartTokens = 16;     // of weight and of tokens, a fragment's
+constexpr int kMinTileRows = 64, kShortRows = 128;  // of weight: an instruction's for each warpgroup, at least and most
+constexpr int kStageColumns = 64;                   // 128 bytes, the swizzle's width
+constexpr int kMaxSplits = 8;                       // blocks of a cluster, the portable limit
 constexpr int kMaxStages = 14;
 constexpr int kScaleWarps = 4;  // sum up squares where there is a norm
 constexpr int kConsumers = kConsumerWarps * 32, kScaleThreads = kScaleWarps * 32;
 
-using common::Form, common::has_norm;
+using common::Form, common::has_norm, common::Squares;
 
 // Threads of a block: those that multiply, the warp that copies, and with a norm those that make its scales.
 constexpr int threads(Form form) {
@@ -33,15 +32,39 @@ constexpr int rows_per_output(Form form) {
 // Tokens that a kernel is compiled for; others run in the next larger one.
 constexpr int kTokenCounts[] = {32, 48, 64, 96, 128};
 
-// Whether tiles may have more than kShortRows: only SwiGLU's products have so many rows that it pays.
-constexpr bool may_be_tall(Form form, int tokens) {
-    return form == Form::kNormSwiGlu && tokens <= 64;
-}
-
 constexpr int padded_tokens(int tokens) {
     for (const int count : kTokenCounts)
         if (tokens <= count) return count;
     return 0;
+}
+
+// Whether tokens are the tensor cores' rows and weights their columns, or the other way round. An instruction has 64
+// rows, and what it multiplies in vain costs power, so tokens are rows where there are as many; and then it takes as
+// many rows of weight as a tile has, and brings the tokens less often from shared memory.
+constexpr bool tokens_are_rows(int tokens) {
+    return tokens == 64;
+}
+
+// Heights of tiles that kernels are compiled for, in ascending order; a tile between two runs in the taller one's. Only
+// SwiGLU's products have so many rows that more than kShortRows pay.
+template <Form kForm, int kTokens>
+constexpr auto tile_heights() {
+    constexpr bool kMayBeTall = kForm == Form::kNormSwiGlu && kTokens <= 64;
+    if constexpr (!tokens_are_rows(kTokens)) {
+        if constexpr (kMayBeTall)
+            return std::array{kShortRows, 2 * kShortRows};
+        else
+            return std::array{kShortRows};
+    } else {
+        if constexpr (kMayBeTall)
+            return std::array{kShortRows, 224, 256};
+        else
+            return std::array{64, 96, kShortRows};
+    }
+}
+
+constexpr int tallest_tile(Form form, int tokens) {
+    return form == Form::kNormSwiGlu && tokens <= 64 ? 2 * kShortRows : kShortRows;
 }
 
 // Of `count` things that a cluster shares out, block `rank` has those from first_of(rank) to first_of(rank + 1): steps
@@ -53,20 +76,10 @@ constexpr __host__ __device__ int owner_of(int unit, int units, int splits) {
     return ((unit + 1) * splits - 1) / units;
 }
 
-// RMSNorm of h [num_tokens, n] in two parts, which the product that makes h leaves: weighted [num_tokens, n], h times
-// the norm's weight, and squares [count, num_tokens], whose sum over `count` is that of a token's squares. The product
-// that wants the norm multiplies `weighted`, and each token's sums by rsqrt(its squares / n + eps).
-struct NormParts {
-    void* weighted;
-    float* squares;
-    int count;
-};
-
 struct Params {
-    const void* residual;   // [num_tokens, num_rows] or null
-    void* out;              // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]
-    const void* next_norm;  // [num_rows] or null: linear_add leaves `parts` for the norm that follows
-    NormParts parts;        // linear_add's have a sum for each unit of its rows
+    const void* residual;  // [num_tokens, num_rows] or null
+    void* out;             // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]
+    Squares squares;       // linear_add's have a sum for each unit of its rows
     int num_tokens, num_rows, size;
     float eps;
     int tile_rows, units;       // weight rows of a tile, and units of them
@@ -74,6 +87,12 @@ struct Params {
     int ahead;                  // stages of weight that are asked for before the previous kernel has ended
     int trigger;                // the next kernel may start when this many stages are left to ask for
     int tail_offset;            // in shared memory
+};
+
+// What the host launches: `rows` of weight are read of every tile, also where it has fewer.
+struct Kernel {
+    const void* function;
+    int rows;
 };
 
 // Shared memory of a block. At its start lies the ring of stages, weight before x, then Tail.
@@ -84,10 +103,12 @@ constexpr __host__ __device__ int stage_bytes(int tile_rows, int tokens) {
     return row_bytes(tile_rows + tokens);
 }
 
-// What the blocks of a cluster send the one that finishes a unit of rows: fragments of float4 a lane, [source][own
-// unit][tokens / 8][32 lanes]. They go to the stages that the receiver has done with first, so many units to each.
+// What the blocks of a cluster send the one that finishes a unit of rows: fragments of eight floats a lane, [source]
+// [own unit][part][2][32 lanes] of float4. They go to the stages that the receiver has done with first, so many units
+// to each.
+constexpr int kFragmentBytes = kPartTokens * kUnitRows * 4;
 constexpr __host__ __device__ int unit_bytes(int tokens) {
-    return tokens * kUnitRows * 4;
+    return tokens / kPartTokens * kFragmentBytes;
 }
 constexpr __host__ __device__ int units_per_stage(int tile_rows, int tokens) {
     return stage_bytes(tile_rows, tokens) / unit_bytes(tokens);

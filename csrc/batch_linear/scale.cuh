@@ -10,12 +10,12 @@ template <int kTokens>
 __device__ __forceinline__ void make_scales(const Params& p, const Block& b) {
     constexpr int kGroups = kScaleThreads / kTokens;
     const int thread = threadIdx.x - (kConsumers + 32), token = thread % kTokens, group = thread / kTokens;
-    const int first = first_of(p.parts.count, group, kGroups), last = first_of(p.parts.count, group + 1, kGroups);
+    const int first = first_of(p.squares.count, group, kGroups), last = first_of(p.squares.count, group + 1, kGroups);
     common::wait_for_previous_kernel();
     float sum = 0;
     if (group < kGroups && token < p.num_tokens) {
 #pragma unroll 16
-        for (int i = first; i < last; ++i) sum += __ldcg(p.parts.squares + i * p.num_tokens + token);
+        for (int i = first; i < last; ++i) sum += __ldcg(p.squares.sums + i * p.num_tokens + token);
     }
     b.own().squares[thread] = sum;
     common::named_sync(2, kScaleThreads);

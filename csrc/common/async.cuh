@@ -14,13 +14,6 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // the encodings of createpolicy.fractional.L2
 constexpr uint64_t kEvictLast = 0x14F0000000000000;
 
-__device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t address) {
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(address)
-                 : "memory");
-}
-
 // ---- mbarrier: a phase ends when `count` arrivals (and, with TMA, the announced bytes) are in; `parity` names the
 // phase.
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int count) {

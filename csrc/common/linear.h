@@ -1,4 +1,5 @@
-// The seam's products as one kernel each: what is asked for, in the same terms by every family that makes them.
+// The seam's products as one kernel each: what is asked for, in the same terms by every family that makes them. RMSNorm
+// before a product is its weight, which is part of the product's, and a scale of each token.
 #pragma once
 
 namespace common {
@@ -9,9 +10,16 @@ constexpr bool has_norm(Form form) {
     return form != Form::kLinearAdd;
 }
 
+// Sums of squares of tokens, [count, num_tokens], over parts of their columns: of x where a norm comes before the
+// product, of out where one follows. Or null.
+struct Squares {
+    float* sums;
+    int count;
+};
+
 struct Problem {
-    const void *x, *weight;       // [num_tokens, size], [num_rows, size]
-    const void *norm, *residual;  // or null
+    const void *x, *weight;  // [num_tokens, size], [num_rows, size]
+    const void* residual;    // or null
     void* out;
     int num_tokens, num_rows, size;
     float eps;

@@ -36,11 +36,4 @@ struct Pack<__half> {
     static __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 };
 
-// Two bf16 products, each rounded once.
-__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-    const __nv_bfloat162 product =
-        __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
-    return *reinterpret_cast<const uint32_t*>(&product);
-}
-
 }  // namespace common

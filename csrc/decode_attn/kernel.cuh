@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(kThreads, min_blocks<kHeadDim>())
         // comes first: instructions further on arrive later.
         if (warp == kLoadWarp) {
             if (kLoader == Loader::kTma && common::elect_one()) {
-                common::tma_prefetch_map(&maps.k);
-                common::tma_prefetch_map(&maps.v);
+                common::tma_prefetch_map(&maps.k.tile);
+                common::tma_prefetch_map(&maps.v.tile);
             }
             if (!kFused) common::wait_for_previous_kernel();
             int my_block = 0;

@@ -36,14 +36,14 @@ void check(const Params& p, const Launch& how) {
     require(!how.fused || how.version >= Version::kRing, "this version has no fused form; choose ring or tma");
 }
 
-// The cache as (column in a panel of 64, token, panel, kv head, block); a box is one tile.
-CUtensorMap tile_map(const void* cache, const Launch& how, int num_kv_heads, int64_t stride_block, int64_t stride_head,
-                     int64_t stride_token) {
-    const cuuint32_t panels = how.head_dim / 64;
-    const cuuint64_t sizes[] = {64, kBlockSize, panels, cuuint64_t(num_kv_heads), cuuint64_t(how.num_blocks)};
+// The cache as (column in a panel of 64, token, panel, kv head, block), in boxes of so many tokens and panels.
+CUtensorMap cache_map(const void* cache, const Launch& how, int num_kv_heads, int64_t stride_block, int64_t stride_head,
+                      int64_t stride_token, int box_tokens, int box_panels) {
+    const cuuint64_t sizes[] = {64, kBlockSize, cuuint64_t(how.head_dim / 64), cuuint64_t(num_kv_heads),
+                                cuuint64_t(how.num_blocks)};
     const cuuint64_t strides[] = {cuuint64_t(stride_token) * 2, 128, cuuint64_t(stride_head) * 2,
                                   cuuint64_t(stride_block) * 2};
-    const cuuint32_t box[] = {64, kBlockSize, panels, 1, 1};
+    const cuuint32_t box[] = {64, cuuint32_t(box_tokens), cuuint32_t(box_panels), 1, 1};
     const cuuint32_t steps[] = {1, 1, 1, 1, 1};
     const auto type =
         how.dtype == common::Dtype::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
@@ -52,6 +52,14 @@ CUtensorMap tile_map(const void* cache, const Launch& how, int num_kv_heads, int
                                              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                              CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
     return map;
+}
+
+CacheMaps cache_maps(const void* cache, const Launch& how, int num_kv_heads, int64_t stride_block, int64_t stride_head,
+                     int64_t stride_token) {
+    const auto map = [&](int tokens, int panels) {
+        return cache_map(cache, how, num_kv_heads, stride_block, stride_head, stride_token, tokens, panels);
+    };
+    return {map(kBlockSize, how.head_dim / 64), map(kBoxTokens, 1)};
 }
 
 const void* select_kernel(const Launch& how, Loader loader) {
@@ -87,8 +95,8 @@ void launch(Params p, const Launch& how) {
 
     TensorMaps maps{};
     if (loader == Loader::kTma) {
-        maps.k = tile_map(p.k_cache, how, p.num_kv_heads, p.stride_k_block, p.stride_k_head, p.stride_k_token);
-        maps.v = tile_map(p.v_cache, how, p.num_kv_heads, p.stride_v_block, p.stride_v_head, p.stride_v_token);
+        maps.k = cache_maps(p.k_cache, how, p.num_kv_heads, p.stride_k_block, p.stride_k_head, p.stride_k_token);
+        maps.v = cache_maps(p.v_cache, how, p.num_kv_heads, p.stride_v_block, p.stride_v_head, p.stride_v_token);
     }
 
     cudaLaunchAttribute attribute{};

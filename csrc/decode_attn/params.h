@@ -10,6 +10,7 @@ constexpr int kBlockSize = 64;    // tokens in a KV block; one (block, kv head) 
 constexpr int kMaxGroup = 8;      // query heads per kv head that one tensor-core tile holds
 constexpr int kSliceTokens = 16;  // tokens that one warp takes of a tile
 constexpr int kWarpsPerTile = kBlockSize / kSliceTokens;
+constexpr int kBoxTokens = 16;  // that the copy engine brings at a time of a tile that is not full; a multiple of 8
 constexpr int kTileGroups = 2;  // sets of warps that take alternate tiles
 constexpr int kComputeWarps = kWarpsPerTile * kTileGroups;
 constexpr int kComputeThreads = kComputeWarps * 32;
@@ -70,9 +71,12 @@ struct Params {
     int64_t stride_k_block, stride_k_head, stride_k_token, stride_v_block, stride_v_head, stride_v_token;
 };
 
-// Both caches as 5-D tensors (column, token, panel, kv head, block).
+// A cache as a 5-D tensor (column, token, panel, kv head, block), in boxes of a tile, and of kBoxTokens by one panel.
+struct CacheMaps {
+    CUtensorMap tile, part;
+};
 struct TensorMaps {
-    CUtensorMap k, v;
+    CacheMaps k, v;
 };
 
 // The part of a unit that lies in one block's range.

@@ -54,6 +54,25 @@ struct Ring {
     __device__ uint32_t empty(int stage, int value) const { return barriers + (4 * stage + 2 + value) * 8; }
 };
 
+// By the copy engine, in one box, or of a tile that is not full in as few small ones as hold its tokens.
+template <int kHeadDim>
+__device__ __forceinline__ void copy_tile_bulk(uint32_t target, const CacheMaps& map, uint32_t full, int block,
+                                               int head, int tokens) {
+    if (tokens > kBlockSize - kBoxTokens) {
+        common::mbarrier_expect(full, tile_bytes(kHeadDim));
+        common::tma_load_5d(target, &map.tile, full, 0, 0, 0, head, block);
+        return;
+    }
+    common::mbarrier_expect(full, ceil_div(tokens, kBoxTokens) * kBoxTokens * kHeadDim * 2);
+#pragma unroll 1
+    for (int token = 0; token < tokens; token += kBoxTokens) {
+#pragma unroll
+        for (int panel = 0; panel < kHeadDim / 64; ++panel)
+            common::tma_load_5d(target + staged_offset(token, 8 * panel), &map.part, full, 0, token, panel, head,
+                                block);
+    }
+}
+
 // Requests the K (value = 0) or V (1) tile of (block, head) into the stage at `cursor`, once that is free; of the
 // first, which is fresh, that is known.
 template <typename T, int kHeadDim, Loader kLoader, bool kFresh = false>
@@ -63,8 +82,7 @@ __device__ __forceinline__ void load_tile(const Params& p, const TensorMaps& map
     if constexpr (kLoader == Loader::kTma) {
         if (common::elect_one()) {
             if (!kFresh) common::mbarrier_wait(ring.empty(cursor.stage, value), cursor.phase);
-            common::mbarrier_expect(full, tile_bytes(kHeadDim));
-            common::tma_load_5d(target, value ? &maps.v : &maps.k, full, 0, 0, 0, head, block);
+            copy_tile_bulk<kHeadDim>(target, value ? maps.v : maps.k, full, block, head, tokens);
         }
     } else {
         if (!kFresh) common::mbarrier_wait(ring.empty(cursor.stage, value), cursor.phase);

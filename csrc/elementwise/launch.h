@@ -17,8 +17,8 @@ struct Launch {
     cudaStream_t stream;
 };
 
-// x, out [num_rows, hidden_size], weight [hidden_size]. With squares [num_rows], these receive each row's sum of
-// squares, and out is x * weight only.
+// x, out [num_rows, hidden_size], weight [hidden_size] or null. With squares [num_rows] in place of out, only each
+// row's sum of squares is wanted.
 struct RmsNorm {
     const void *x, *weight;
     void* out;

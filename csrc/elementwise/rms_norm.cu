@@ -1,5 +1,5 @@
-// RMSNorm in one pass: a block is one row, which stays in registers between the sum of squares and the scaling. Or its
-// parts, for products that scale their sums (csrc/batch_linear/).
+// RMSNorm in one pass: a block is one row, which stays in registers between the sum of squares and the scaling. Or the
+// sum alone, for products that scale theirs (csrc/batch_linear/, csrc/gemm/).
 #include "common/async.cuh"
 #include "common/launch.h"
 #include "elementwise/chunk.cuh"
@@ -24,7 +24,7 @@ static __device__ __forceinline__ float sum_over_block(float value) {
 }
 
 // x, out [gridDim.x, hidden_size]; weight [hidden_size]. Thread t holds chunks t, t + blockDim.x, ...: at most kChunks.
-template <typename T, int kChunks, bool kParts>
+template <typename T, int kChunks>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNorm p) {
     const int chunks = p.hidden_size / kChunk;
     const uint4* weight = static_cast<const uint4*>(p.weight);
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNorm p) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
         const int at = threadIdx.x + i * blockDim.x;
-        scale[i] = at < chunks ? __ldg(weight + at) : uint4{};
+        scale[i] = weight && at < chunks ? __ldg(weight + at) : uint4{};
     }
     common::wait_for_previous_kernel();
     common::allow_next_kernel();
@@ -53,7 +53,10 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNorm p) {
         for (float value : values) squares += value * value;
     }
     squares = sum_over_block(squares);
-    if (kParts && threadIdx.x == 0) p.squares[blockIdx.x] = squares;
+    if (p.squares) {
+        if (threadIdx.x == 0) p.squares[blockIdx.x] = squares;
+        return;
+    }
     const float inverse = rsqrtf(squares / p.hidden_size + p.eps);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
@@ -61,27 +64,27 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNorm p) {
         float values[8], factors[8];
         to_floats<T>(row[i], values);
         to_floats<T>(scale[i], factors);
+        // The Llama reference rounds the normed value before it multiplies by the weight.
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
-            float2 pair = {values[j], values[j + 1]};
-            // The Llama reference rounds the normed value before it multiplies by the weight.
-            if (!kParts)
-                pair = common::Pack<T>::to_floats(common::Pack<T>::from_floats(pair.x * inverse, pair.y * inverse));
-            values[j] = pair.x * factors[j], values[j + 1] = pair.y * factors[j + 1];
+            const float2 rounded =
+                common::Pack<T>::to_floats(common::Pack<T>::from_floats(values[j] * inverse, values[j + 1] * inverse));
+            values[j] = weight ? rounded.x * factors[j] : rounded.x;
+            values[j + 1] = weight ? rounded.y * factors[j + 1] : rounded.y;
         }
         if (at < chunks) out[at] = from_floats<T>(values);
     }
 }
 
-template <typename T, bool kParts>
+template <typename T>
 static void launch_rms_norm(const RmsNorm& p, const Launch& how) {
     const int chunks = p.hidden_size / kChunk;
     // Enough threads that a short call is one load deep, few enough that a long one keeps many rows in flight.
     const int per_thread = chunks <= 64 ? 1 : chunks <= 256 ? 2 : 4;
     const int threads = ((chunks + per_thread - 1) / per_thread + 31) / 32 * 32;
-    auto* kernel = per_thread == 1   ? rms_norm_kernel<T, 1, kParts>
-                   : per_thread == 2 ? rms_norm_kernel<T, 2, kParts>
-                                     : rms_norm_kernel<T, 4, kParts>;
+    auto* kernel = per_thread == 1   ? rms_norm_kernel<T, 1>
+                   : per_thread == 2 ? rms_norm_kernel<T, 2>
+                                     : rms_norm_kernel<T, 4>;
     common::launch(kernel, p.num_rows, threads, 0, how.stream, how.overlap, p);
 }
 
@@ -91,14 +94,8 @@ void rms_norm(const RmsNorm& p, const Launch& how) {
                 std::to_string(kMaxHidden));
     require(p.num_rows >= 1, "there are no rows");
     require_aligned(p.x, "x"), require_aligned(p.weight, "weight"), require_aligned(p.out, "out");
-    if (p.squares) {
-        require(how.dtype == common::Dtype::kBFloat16, "parts of a norm are for products in bf16");
-        launch_rms_norm<__nv_bfloat16, true>(p, how);
-    } else if (how.dtype == common::Dtype::kBFloat16) {
-        launch_rms_norm<__nv_bfloat16, false>(p, how);
-    } else {
-        launch_rms_norm<__half, false>(p, how);
-    }
+    require(bool(p.out) != bool(p.squares), "the output is either the norm or the sums of squares");
+    how.dtype == common::Dtype::kBFloat16 ? launch_rms_norm<__nv_bfloat16>(p, how) : launch_rms_norm<__half>(p, how);
 }
 
 }  // namespace elementwise

@@ -21,12 +21,12 @@ PYBIND11_MODULE(skinny_linear, module) {
     using namespace py::literals;
     module.def(
         "product",
-        [](uintptr_t x, uintptr_t weight, uintptr_t norm, uintptr_t residual, uintptr_t out, int num_tokens,
-           int num_rows, int size, float eps, int form, int tile_rows, int splits, bool overlap, uintptr_t stream) {
-            launch({pointer(x), pointer(weight), pointer(norm), pointer(residual), pointer(out), num_tokens, num_rows,
-                    size, eps, static_cast<Form>(form)},
+        [](uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out, int num_tokens, int num_rows, int size,
+           float eps, int form, int tile_rows, int splits, bool overlap, uintptr_t stream) {
+            launch({pointer(x), pointer(weight), pointer(residual), pointer(out), num_tokens, num_rows, size, eps,
+                    static_cast<Form>(form)},
                    {tile_rows, splits}, overlap, static_cast<cudaStream_t>(pointer(stream)));
         },
-        "x"_a, "weight"_a, "norm"_a, "residual"_a, "out"_a, "num_tokens"_a, "num_rows"_a, "size"_a, "eps"_a, "form"_a,
+        "x"_a, "weight"_a, "residual"_a, "out"_a, "num_tokens"_a, "num_rows"_a, "size"_a, "eps"_a, "form"_a,
         "tile_rows"_a, "splits"_a, "overlap"_a, "stream"_a);
 }

@@ -4,11 +4,10 @@
 // dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for as much
 // weight as the ring holds before the previous kernel has ended, because weights are constants: with half of an SM's
 // shared memory each, this kernel's ring fills while the previous kernel's blocks still work. Eight warps multiply.
-// The norm's weight is multiplied into x on its way to the tensor cores; its scale, one number a token, waits for the
-// epilogue.
+// The weight of a norm before the product is part of `weight`; its scale, one number a token, waits for the epilogue.
 //
 // weight [num_rows, size], x [num_tokens, size], out [num_tokens, num_rows] (see Params); all contiguous bf16. weight
-// and norm are read before the previous kernel has ended: they must have been written by an earlier one.
+// is read before the previous kernel has ended: it must have been written by an earlier one.
 #pragma once
 #include "skinny_linear/finish.cuh"
 
@@ -114,22 +113,11 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     const int thread = threadIdx.x;
     const auto [lane, row_warp, token_warp, column_warp] = WarpPlace<Grid>::of(thread);
     const int box = column_warp * Grid::kChunks / 2, half = column_warp * Grid::kChunks % 2;
-    if constexpr (kNorm) {
-        const int first = b.first_step * Grid::kBoxes * kBox / 2, words = b.steps * Grid::kBoxes * kBox / 2;
-#pragma unroll 1
-        for (int i = thread; i < words; i += kConsumers) {
-            const bool exists = first + i < p.size / 2;  // beyond the last column x is zero, and this must be a number
-            const uint32_t word = exists ? __ldg(static_cast<const uint32_t*>(p.norm) + first + i) : 0;
-            b.at<uint32_t>(b.layout.norm)[norm_place(i)] = word;
-        }
-        common::named_sync(1, kConsumers);
-    }
     // A tile of fewer rows than its warps take: they multiply what lies behind it, and store nothing of that.
     const uint32_t weight = b.base + (box * p.tile_rows + row_warp * Grid::kRowTiles * 16) * kRowBytes +
                             (weight_offset(lane) ^ (half * 64));
     const uint32_t x = b.base + b.layout.stage_weight + (box * kTokens + token_warp * kWarpTokens) * kRowBytes +
                        (token_offset(lane) ^ (half * 64));
-    const uint32_t norm = b.base + b.layout.norm + column_warp * Grid::kChunks * 64 + lane % 4 * 16;
     common::wait_for_previous_kernel();
 
     Cursor cursor;
@@ -141,16 +129,14 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
                                         .index(p, tile));  // asked for before the product, used behind it
         Accumulator<Grid, kWarpTokens / 8, kNorm> accumulator;
         accumulator.clear();
-        uint32_t factors = norm;
 #pragma unroll 1
-        for (int left = b.steps; left > 0; --left, factors += Grid::kBoxes * kBox * 2) {
+        for (int left = b.steps; left > 0; --left) {
             common::mbarrier_wait(b.full(cursor.stage), cursor.phase);
             const uint32_t offset = cursor.stage * b.layout.stage;
 #pragma unroll
             for (int chunk = 0; chunk < Grid::kChunks; ++chunk) {
                 const uint32_t other_half = chunk * 64;
-                accumulator.add((weight + offset) ^ other_half, (x + offset) ^ other_half, factors + chunk * 64,
-                                row_warp);
+                accumulator.add((weight + offset) ^ other_half, (x + offset) ^ other_half);
             }
             common::release_stage_behind(b.empty(cursor.stage), lane, accumulator.all_bits());
             cursor.advance(p.stages);

@@ -77,8 +77,7 @@ SharedLayout lay_out(const Params& p, const Shape& shape, int tokens, Form form,
     s.received = up(s.squares + (norm ? shape.column_warps * tokens * 4 : 0));
     const int received = p.splits * p.own_units * p.num_tokens * unit_rows(form) * 4;
     s.received_squares = s.received + (p.splits > 1 ? received : 0);
-    s.norm = up(s.received_squares + (p.splits > 1 && norm ? p.splits * p.num_tokens * 4 : 0));
-    s.barriers = up(s.norm + (norm ? divide_up(p.steps, p.splits) * shape.boxes * kBox * 2 : 0));
+    s.barriers = up(s.received_squares + (p.splits > 1 && norm ? p.splits * p.num_tokens * 4 : 0));
     s.bytes = s.barriers + (2 * kMaxStages + 1) * 8;
     return s;
 }
@@ -126,10 +125,10 @@ void check(const Problem& q, const Tiling& t) {
     require(t.splits >= 1 && t.splits <= std::min(kMaxSplits, steps), "splits is " + std::to_string(t.splits) +
                                                                           "; supported here: 1 to " +
                                                                           std::to_string(std::min(kMaxSplits, steps)));
-    require((q.form == Form::kLinearAdd) == (q.residual != nullptr) && has_norm(q.form) == (q.norm != nullptr),
-            "linear_add takes a residual, the other forms a norm");
+    require((q.form == Form::kLinearAdd) == (q.residual != nullptr),
+            "a residual belongs to linear_add, and to no other");
     require_aligned(q.x, "x"), require_aligned(q.weight, "weight"), require_aligned(q.out, "out");
-    require_aligned(q.norm, "norm"), require_aligned(q.residual, "residual");
+    require_aligned(q.residual, "residual");
 }
 
 }  // namespace
@@ -140,7 +139,7 @@ void launch(const Problem& q, const Tiling& t, bool overlap, cudaStream_t stream
     const Shape shape = Shape::of(t.tile_rows, tokens);
 
     Params p{};
-    p.norm = q.norm, p.residual = q.residual, p.out = q.out;
+    p.residual = q.residual, p.out = q.out;
     p.num_tokens = q.num_tokens, p.num_rows = q.num_rows, p.size = q.size, p.eps = q.eps;
     p.tile_rows = t.tile_rows, p.tiles = divide_up(q.num_rows, t.tile_rows), p.splits = t.splits;
     p.steps = divide_up(q.size / kBox, shape.boxes);

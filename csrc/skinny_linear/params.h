@@ -33,16 +33,16 @@ struct WarpGrid {
 };
 
 // Offsets in bytes. The ring comes first; the warps' partial sums follow, or lie over the ring if no tile comes after
-// the first; then what the cluster's blocks send one another, the norm's weight, and the barriers.
+// the first; then what the cluster's blocks send one another, and the barriers.
 struct SharedLayout {
     int stage_weight, stage;  // bytes of weight in a stage, and of all of it
-    int partials, squares, received, received_squares, norm, barriers, bytes;
+    int partials, squares, received, received_squares, barriers, bytes;
     int stride_partial;  // between tokens, in floats
 };
 
 struct Params {
-    const void *norm, *residual;  // [size] or null, [num_tokens, num_rows] or null
-    void* out;                    // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]
+    const void* residual;  // [num_tokens, num_rows] or null
+    void* out;             // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]
     int num_tokens, num_rows, size;
     float eps;
     int tile_rows, tiles, splits, stages, steps;  // steps: stages' worth of columns, over all splits

@@ -14,7 +14,6 @@ from llama3.decode_state import DecodeState
 from llama3.errors import DeviceError
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache, LayerCache
-from llama3.ops.norm_parts import NormParts
 from llama3.ops.reference import ReferenceOps
 from llama3.rope import RopeTable
 from llama3.sampling import SamplingTensors
@@ -37,10 +36,10 @@ class Ops(Protocol):
     def norm_linear(
         self,
         x: torch.Tensor,
-        norm_weight: torch.Tensor,
+        norm_weight: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float,
-        parts: NormParts | None = None,
+        squares: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
     def rope_append_attend(
@@ -49,17 +48,17 @@ class Ops(Protocol):
 
     def linear_add(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor: ...
 
-    def linear_add_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor
-    ) -> tuple[torch.Tensor, NormParts | None]: ...
+    def linear_add_squares(
+        self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
     def norm_swiglu(
         self,
         x: torch.Tensor,
-        norm_weight: torch.Tensor,
+        norm_weight: torch.Tensor | None,
         gate_up: torch.Tensor,
         eps: float,
-        parts: NormParts | None = None,
+        squares: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
     def sample(self, logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor) -> torch.Tensor: ...

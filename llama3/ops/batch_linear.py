@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llama3.ops import elementwise, one_kernel
-from llama3.ops.norm_parts import NormParts
-from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
+from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU, squares_argument
 from llama3.ops.skinny_linear import NARROW
 
 TOKEN_COUNTS = (32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
@@ -56,28 +55,20 @@ class Plan(NamedTuple):
 
 
 def norm_linear(
-    x: torch.Tensor,
-    norm: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    parts: NormParts | None = None,
-    plan: Plan | None = None,
+    x: torch.Tensor, weight: torch.Tensor, eps: float, squares: torch.Tensor | None = None, plan: Plan | None = None
 ) -> torch.Tensor:
-    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. `parts` of the norm save a kernel that makes them.
-    `plan`: None leaves the choice to choose_plan."""
-    return _normed("norm_linear", x, norm, weight, eps, parts, plan)
+    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N].
+
+    squares: sums of those of x, fp32 [P, T]; None: one more kernel sums them. plan: None leaves it to choose_plan.
+    """
+    return _normed("norm_linear", x, weight, eps, squares, plan)
 
 
 def norm_swiglu(
-    x: torch.Tensor,
-    norm: torch.Tensor,
-    gate_up: torch.Tensor,
-    eps: float,
-    parts: NormParts | None = None,
-    plan: Plan | None = None,
+    x: torch.Tensor, gate_up: torch.Tensor, eps: float, squares: torch.Tensor | None = None, plan: Plan | None = None
 ) -> torch.Tensor:
     """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
-    return _normed("norm_swiglu", x, norm, gate_up, eps, parts, plan)
+    return _normed("norm_swiglu", x, gate_up, eps, squares, plan)
 
 
 def linear_add(
@@ -88,21 +79,20 @@ def linear_add(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """residual [T, N] + x [T, K] times weight [N, K] -> [T, N], in `out` if given, which may be the residual."""
-    out, arguments = one_kernel.arguments("linear_add", x, weight, None, residual, 0.0, out)
-    _launch(arguments, x.device, plan)
+    out, arguments = one_kernel.arguments("linear_add", x, weight, residual, 0.0, out)
+    _launch(arguments | squares_argument("linear_add", None, x), x.device, plan)
     return out
 
 
-def linear_add_norm(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor, plan: Plan | None = None
-) -> tuple[torch.Tensor, NormParts]:
-    """linear_add, and the parts of the RMSNorm of its result with weight next_norm [N]."""
-    out, arguments = one_kernel.arguments("linear_add", x, weight, None, residual, 0.0, None)
-    parts = NormParts.empty(out, out.shape[1] // UNIT_ROWS)
-    parts.check_norm("linear_add_norm", next_norm)
-    left = {"next_norm": next_norm.data_ptr(), "weighted": parts.weighted.data_ptr()}
-    _launch(arguments | left, x.device, plan, parts.squares)
-    return out, parts
+def linear_add_squares(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, plan: Plan | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """linear_add, and sums of the squares of its result, fp32 [N / 16, T]."""
+    op = "linear_add"
+    out, arguments = one_kernel.arguments(op, x, weight, residual, 0.0, None)
+    squares = out.new_empty((out.shape[1] // UNIT_ROWS, out.shape[0]), dtype=torch.float32)
+    _launch(arguments | squares_argument(op, squares, x), x.device, plan)
+    return out, squares
 
 
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -176,27 +166,15 @@ def library() -> ModuleType:
 
 
 def _normed(
-    op: str,
-    x: torch.Tensor,
-    norm: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    parts: NormParts | None,
-    plan: Plan | None,
+    op: str, x: torch.Tensor, weight: torch.Tensor, eps: float, squares: torch.Tensor | None, plan: Plan | None
 ) -> torch.Tensor:
-    out, arguments = one_kernel.arguments(op, x, weight, norm, None, eps, None)
-    parts = parts or elementwise.norm_parts(x, norm)
-    parts.check(op, x)
-    _launch(arguments | {"x": parts.weighted.data_ptr()}, x.device, plan, parts.squares)
+    out, arguments = one_kernel.arguments(op, x, weight, None, eps, None)
+    squares = elementwise.sum_squares(x) if squares is None else squares
+    _launch(arguments | squares_argument(op, squares, x), x.device, plan)
     return out
 
 
-def _launch(
-    arguments: dict[str, Any], device: torch.device, plan: Plan | None, squares: torch.Tensor | None = None
-) -> None:
-    """arguments: one_kernel's, whose norm the kernel does not take, and what linear_add leaves for the next one."""
+def _launch(arguments: dict[str, Any], device: torch.device, plan: Plan | None) -> None:
     shape = (arguments[name] for name in ("form", "num_tokens", "num_rows", "size"))
     plan = plan or choose_plan(*shape, one_kernel.num_sms(device), one_kernel.has_fast_memory(device))
-    given = {"next_norm": 0, "weighted": 0} | {name: arguments[name] for name in arguments if name != "norm"}
-    address, count = (0, 0) if squares is None else (squares.data_ptr(), squares.shape[0])
-    library().product(**given, squares=address, count=count, **plan._asdict())
+    library().product(**arguments, **plan._asdict())

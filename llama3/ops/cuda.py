@@ -10,7 +10,6 @@ from llama3.kv_cache import KVCache, LayerCache
 from llama3.ops import elementwise, gemm_search, linear, prefill_attention, sampling
 from llama3.ops.decode_attn import MAX_GROUP, rope_append_decode
 from llama3.ops.decode_step import DecodeStep
-from llama3.ops.norm_parts import NormParts
 from llama3.ops.prefill_attention import PrefillPlan
 from llama3.rope import RopeTable
 from llama3.sampling import SamplingTensors
@@ -60,12 +59,12 @@ class CudaOps:
     def norm_linear(
         self,
         x: torch.Tensor,
-        norm_weight: torch.Tensor,
+        norm_weight: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float,
-        parts: NormParts | None = None,
+        squares: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return linear.norm_linear(x, norm_weight, weight, eps, parts)
+        return linear.norm_linear(x, norm_weight, weight, eps, squares)
 
     def rope_append_attend(
         self, qkv: torch.Tensor, rope: RopeTable, cache: LayerCache, batch: PrefillBatch | DecodeBatch
@@ -93,20 +92,20 @@ class CudaOps:
     def linear_add(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return linear.linear_add(x, weight, residual)
 
-    def linear_add_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor
-    ) -> tuple[torch.Tensor, NormParts | None]:
-        return linear.linear_add_norm(x, weight, residual, next_norm)
+    def linear_add_squares(
+        self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return linear.linear_add_squares(x, weight, residual)
 
     def norm_swiglu(
         self,
         x: torch.Tensor,
-        norm_weight: torch.Tensor,
+        norm_weight: torch.Tensor | None,
         gate_up: torch.Tensor,
         eps: float,
-        parts: NormParts | None = None,
+        squares: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return linear.norm_swiglu(x, norm_weight, gate_up, eps, parts)
+        return linear.norm_swiglu(x, norm_weight, gate_up, eps, squares)
 
     def sample(self, logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor) -> torch.Tensor:
         return sampling.sample(logits, params, positions)

@@ -120,7 +120,9 @@ class DecodeStep:
         }
         layer_tensors = [(w.attn_norm, w.qkv, w.o, w.mlp_norm, w.gate_up, w.down) for w in weights.layers]
         self._layers = torch.tensor(
-            [[t.data_ptr() for t in layer] for layer in layer_tensors], dtype=torch.int64, device=self._device
+            [[0 if t is None else t.data_ptr() for t in layer] for layer in layer_tensors],
+            dtype=torch.int64,
+            device=self._device,
         )
         sampling = state.sampling
         pointers = {

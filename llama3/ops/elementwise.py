@@ -11,7 +11,6 @@ import torch
 
 from llama3.errors import UserError
 from llama3.kv_cache import BLOCK_SIZE, LayerCache
-from llama3.ops.norm_parts import NormParts
 from llama3.ops.tensor_error import wrong_tensor
 from llama3.rope import RopeTable
 
@@ -26,30 +25,29 @@ def library() -> ModuleType:
     return load_custom_kernels.load("elementwise")
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [T, H], weight [H] -> [T, H]; fp32 inside, rounded, then times the weight."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """x [T, H], weight [H] or None -> [T, H]; fp32 inside, rounded, then times the weight."""
     if x.dim() != 2:
         raise wrong_tensor("rms_norm", "x", x, "[T, H]")
     num_rows, hidden_size = x.shape
-    _check("rms_norm", x, x=(x, (num_rows, hidden_size)), weight=(weight, (hidden_size,)))
+    weights = {} if weight is None else {"weight": (weight, (hidden_size,))}
+    _check("rms_norm", x, x=(x, (num_rows, hidden_size)), **weights)
     out = torch.empty_like(x)
-    library().rms_norm(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), num_rows, hidden_size, eps, DTYPES[x.dtype], *_launch(x)
-    )
+    pointers = (x.data_ptr(), 0 if weight is None else weight.data_ptr(), out.data_ptr())
+    library().rms_norm(*pointers, num_rows, hidden_size, eps, DTYPES[x.dtype], *_launch(x))
     return out
 
 
-def norm_parts(x: torch.Tensor, weight: torch.Tensor) -> NormParts:
-    """RMSNorm of x [T, H] with weight [H], bf16, in parts."""
-    if x.dim() != 2 or x.dtype != torch.bfloat16:
-        raise wrong_tensor("norm_parts", "x", x, "torch.bfloat16 [T, H]")
+def sum_squares(x: torch.Tensor) -> torch.Tensor:
+    """x [T, H] -> fp32 [1, T], which products take in place of a norm before them."""
+    if x.dim() != 2:
+        raise wrong_tensor("sum_squares", "x", x, "[T, H]")
     num_rows, hidden_size = x.shape
-    _check("norm_parts", x, x=(x, (num_rows, hidden_size)), weight=(weight, (hidden_size,)))
-    parts = NormParts.empty(x, 1)
-    pointers = (x.data_ptr(), weight.data_ptr(), parts.weighted.data_ptr())
+    _check("sum_squares", x, x=(x, (num_rows, hidden_size)))
+    squares = x.new_empty((1, num_rows), dtype=torch.float32)
     sizes = (num_rows, hidden_size, 0.0, DTYPES[x.dtype])
-    library().rms_norm(*pointers, *sizes, *_launch(x), squares=parts.squares.data_ptr())
-    return parts
+    library().rms_norm(x.data_ptr(), 0, 0, *sizes, *_launch(x), squares=squares.data_ptr())
+    return squares
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ import torch
 from llama3.errors import UserError
 from llama3.ops import batch_linear, elementwise, gemm, gemm_search, skinny_linear
 from llama3.ops.cublaslt import ALIGNMENT, Product
-from llama3.ops.norm_parts import NormParts
 
 # From here on products alone are as fast in csrc/gemm/ as in cuBLASLt, or faster; SwiGLU, which saves a pass, sooner.
 LARGE_MIN_TOKENS = 4096
@@ -22,20 +21,28 @@ _products: dict[Product, Product] = {}
 
 
 def norm_linear(
-    x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float, parts: NormParts | None = None
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. The norm's parts, if any, may take its place."""
-    if one_kernel := _one_kernel(x, weight, norm_weight):
-        return one_kernel.norm_linear(x, norm_weight, weight, eps, parts)
+    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. With `squares` of x the norm need not be a kernel."""
+    if norm_weight is None and (one_kernel := _one_kernel(x, weight)):
+        return one_kernel.norm_linear(x, weight, eps, squares)
     return product(elementwise.rms_norm(x, norm_weight, eps), weight)
 
 
 def norm_swiglu(
-    x: torch.Tensor, norm_weight: torch.Tensor, gate_up: torch.Tensor, eps: float, parts: NormParts | None = None
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    gate_up: torch.Tensor,
+    eps: float,
+    squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
-    if one_kernel := _one_kernel(x, gate_up, norm_weight):
-        return one_kernel.norm_swiglu(x, norm_weight, gate_up, eps, parts)
+    if norm_weight is None and (one_kernel := _one_kernel(x, gate_up)):
+        return one_kernel.norm_swiglu(x, gate_up, eps, squares)
     normed = elementwise.rms_norm(x, norm_weight, eps)
 
     def apart(weight: torch.Tensor) -> torch.Tensor:
@@ -52,22 +59,22 @@ def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) ->
     return product(x, weight, residual)
 
 
-def linear_add_norm(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor
-) -> tuple[torch.Tensor, NormParts | None]:
-    """linear_add, and the parts of the RMSNorm of its result with weight next_norm [N], where those help."""
+def linear_add_squares(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """linear_add, and sums of the squares of its result, fp32 [P, T], where the norm that follows gains by them."""
     if one_kernel := _one_kernel(x, weight, residual):
-        return one_kernel.linear_add_norm(x, weight, residual, next_norm)
+        return one_kernel.linear_add_squares(x, weight, residual)
     return product(x, weight, residual), None
 
 
-def _one_kernel(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> ModuleType | None:
-    """The family of kernels that runs a whole op on these tensors, and is the fastest for their shapes."""
-    if x.dim() != 2 or weight.dim() != 2:
+def _one_kernel(*operands: torch.Tensor) -> ModuleType | None:
+    """The family of kernels that runs a whole op on x, its weight and perhaps a residual, and is the fastest there."""
+    # They read matrices, contiguous and aligned.
+    if not all(t.dim() == 2 and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in operands):
         return None
+    x, weight = operands[:2]
     shape = (x.shape[0], *weight.shape, x.dtype, x.device)
-    if not all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, weight, other)):
-        return None
     return next((family for family in ONE_KERNEL if family.pays(*shape)), None)
 
 

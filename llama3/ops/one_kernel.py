@@ -1,4 +1,7 @@
-"""What the families of kernels that run a whole product op have in common: `skinny_linear`, `batch_linear`."""
+"""What the families of kernels that run a whole product op have in common: `skinny_linear`, `batch_linear`.
+
+The weight of a norm before a product is part of the product's (`ModelWeights.fold_norms`).
+"""
 
 import functools
 from typing import Any
@@ -27,7 +30,6 @@ def arguments(
     op: str,
     x: torch.Tensor,
     weight: torch.Tensor,
-    norm: torch.Tensor | None,
     residual: torch.Tensor | None,
     eps: float,
     out: torch.Tensor | None,
@@ -44,8 +46,9 @@ def arguments(
     num_outputs = num_rows // 2 if form == NORM_SWIGLU else num_rows
     if out is None:
         out = x.new_empty(num_tokens, num_outputs)
-    expected = {"weight": (weight, (num_rows, size)), "norm": (norm, (size,))}
-    expected |= {"residual": (residual, (num_tokens, num_rows)), "out": (out, (num_tokens, num_outputs))}
+    expected: dict[str, tuple[torch.Tensor | None, tuple[int, int]]]
+    expected = {"weight": (weight, (num_rows, size)), "out": (out, (num_tokens, num_outputs))}
+    expected |= {"residual": (residual, (num_tokens, num_rows))}
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue
@@ -59,6 +62,17 @@ def arguments(
     sizes = {"num_tokens": num_tokens, "num_rows": num_rows, "size": size, "eps": eps, "form": form}
     stream = torch.cuda.current_stream(x.device).cuda_stream
     return out, pointers | sizes | {"overlap": True, "stream": stream}
+
+
+def squares_argument(op: str, squares: torch.Tensor | None, x: torch.Tensor) -> dict[str, int]:
+    """What the kernels take by keyword for sums of squares of x's tokens, or of as many, fp32 [P, T]; or for none."""
+    if squares is None:
+        return {"squares": 0, "count": 0}
+    if squares.dtype != torch.float32 or squares.shape[1:] != x.shape[:1] or not squares.is_contiguous():
+        raise wrong_tensor(op, "squares", squares, f"contiguous torch.float32 [P, {x.shape[0]}]")
+    if squares.device != x.device:
+        raise UserError(f"{op}: squares is on {squares.device}; expected {x.device}, as the other tensors")
+    return {"squares": squares.data_ptr(), "count": squares.shape[0]}
 
 
 @functools.cache

@@ -10,7 +10,6 @@ from llama3.config import GATE_UP_GROUP, ModelConfig
 from llama3.decode_state import IDLE, DecodeState
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache, LayerCache
-from llama3.ops.norm_parts import NormParts
 from llama3.rope import RopeTable
 from llama3.sampling import SamplingTensors, sample_tokens
 from llama3.weights import ModelWeights
@@ -29,14 +28,15 @@ class ReferenceOps:
     def norm_linear(
         self,
         x: torch.Tensor,
-        norm_weight: torch.Tensor,
+        norm_weight: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float,
-        parts: NormParts | None = None,
+        squares: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """RMSNorm, then a projection: x [T, H], weight [N, H] -> [T, N].
 
-        parts: what `linear_add_norm` left beside x for this very norm; an implementation may go by them.
+        norm_weight: [H], or None where it is part of the weight. squares: what `linear_add_squares` gave beside x; an
+        implementation may go by them.
         """
         return F.linear(rms_norm(x, norm_weight, eps), weight)
 
@@ -57,21 +57,22 @@ class ReferenceOps:
         """x [T, N], weight [H, N], residual [T, H] -> residual + x weight^T, [T, H]."""
         return residual + F.linear(x, weight)
 
-    def linear_add_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor
-    ) -> tuple[torch.Tensor, NormParts | None]:
-        """linear_add, and what is worth preparing of the norm that follows, of weight next_norm [H]: here nothing."""
+    def linear_add_squares(
+        self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """linear_add, and for the norm that follows sums of squares over parts of its columns, fp32 [P, T], whose sum
+        over P is a token's; None where nobody would gain by them, as here."""
         return self.linear_add(x, weight, residual), None
 
     def norm_swiglu(
         self,
         x: torch.Tensor,
-        norm_weight: torch.Tensor,
+        norm_weight: torch.Tensor | None,
         gate_up: torch.Tensor,
         eps: float,
-        parts: NormParts | None = None,
+        squares: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """RMSNorm, gate and up projections, silu(gate) * up: x [T, H], gate_up [2 F, H] -> [T, F]; parts as above."""
+        """RMSNorm, gate and up projections, silu(gate) * up: x [T, H], gate_up [2 F, H] -> [T, F]."""
         packed = F.linear(rms_norm(x, norm_weight, eps), gate_up).unflatten(-1, (-1, 2, GATE_UP_GROUP))
         gate, up = packed.unbind(2)  # [T, F / 8, 8] each
         return (F.silu(gate) * up).flatten(1)
@@ -109,10 +110,11 @@ class ReferenceOps:
         return None
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """fp32 inside, cast back, then times the weight: the order of the Llama reference code. x [T, H]."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """fp32 inside, cast back, then times the weight, if any: the order of the Llama reference code. x [T, H]."""
     wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return normed if weight is None else weight * normed
 
 
 def attend_prefill(

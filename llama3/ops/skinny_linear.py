@@ -3,7 +3,7 @@
 Every function raises UserError naming the tensor and the shape expected, and KernelBuildError if the kernels cannot be
 built. Tensors are contiguous bf16 on one CUDA device of compute capability 9.0.
 
-The kernels read weights and norms before the previous kernel has ended: an earlier one must have written them.
+The kernels read weights before the previous kernel has ended: an earlier one must have written them.
 """
 
 import functools
@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 from llama3.ops import one_kernel
-from llama3.ops.norm_parts import NormParts
 
 MAX_TOKENS = 32
 ALWAYS_TOKENS = 16  # up to which these kernels are the fastest for every shape
@@ -31,27 +30,25 @@ class Tiling(NamedTuple):
 
 def norm_linear(
     x: torch.Tensor,
-    norm: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
-    parts: NormParts | None = None,
+    squares: torch.Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> torch.Tensor:
-    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. `parts` of the norm are not needed: so few tokens
-    are normed on the way. `tiling`: None leaves the choice to choose_tiling."""
-    return _product("norm_linear", x, weight, norm, None, eps, None, tiling)
+    """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. The `squares` of so few tokens are summed on the way, so
+    those given are not needed. `tiling`: None leaves the choice to choose_tiling."""
+    return _product("norm_linear", x, weight, None, eps, None, tiling)
 
 
 def norm_swiglu(
     x: torch.Tensor,
-    norm: torch.Tensor,
     gate_up: torch.Tensor,
     eps: float,
-    parts: NormParts | None = None,
+    squares: torch.Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> torch.Tensor:
     """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
-    return _product("norm_swiglu", x, gate_up, norm, None, eps, None, tiling)
+    return _product("norm_swiglu", x, gate_up, None, eps, None, tiling)
 
 
 def linear_add(
@@ -62,13 +59,13 @@ def linear_add(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """residual [T, N] + x [T, K] times weight [N, K] -> [T, N], in `out` if given, which may be the residual."""
-    return _product("linear_add", x, weight, None, residual, 0.0, out, tiling)
+    return _product("linear_add", x, weight, residual, 0.0, out, tiling)
 
 
-def linear_add_norm(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor
-) -> tuple[torch.Tensor, None]:
-    """linear_add; nothing is prepared for the norm that follows."""
+def linear_add_squares(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """linear_add; sums of squares would be of no use."""
     return linear_add(x, weight, residual), None
 
 
@@ -125,13 +122,12 @@ def _product(
     op: str,
     x: torch.Tensor,
     weight: torch.Tensor,
-    norm: torch.Tensor | None,
     residual: torch.Tensor | None,
     eps: float,
     out: torch.Tensor | None,
     tiling: Tiling | None,
 ) -> torch.Tensor:
-    out, arguments = one_kernel.arguments(op, x, weight, norm, residual, eps, out)
+    out, arguments = one_kernel.arguments(op, x, weight, residual, eps, out)
     tiling = tiling or choose_tiling(*x.shape[:1], *weight.shape, one_kernel.num_sms(x.device))
     library().product(**arguments, tile_rows=tiling.tile_rows, splits=tiling.splits)
     return out
