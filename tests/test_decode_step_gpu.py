@@ -52,7 +52,7 @@ CONFIGS = {
 class Rig:
     """A model, a slot with `context` tokens among NaN, and a decode step over them."""
 
-    def __init__(self, model: ModelConfig, max_len: int = 256) -> None:
+    def __init__(self, model: ModelConfig, max_len: int = 256, folded: bool = True) -> None:
         torch.manual_seed(0)
         self.config, device = model, torch.device("cuda")
         self.weights = random_weights(model, device, torch.bfloat16)
@@ -60,6 +60,8 @@ class Rig:
             layer.attn_norm.uniform_(0.5, 1.5)
             layer.mlp_norm.uniform_(0.5, 1.5)
         self.weights.final_norm.uniform_(0.5, 1.5)
+        if folded:
+            self.weights.fold_norms()
         self.rope = RopeTable.build(model, max_len, device)
         self.cache = KVCache(model, NUM_SLOTS, max_len, torch.bfloat16, device)
         self.state = DecodeState(1, 2, device)
@@ -118,9 +120,10 @@ def reference_step(
     position: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         wide = x.float()
-        return weight.to(dtype) * (wide * torch.rsqrt(wide.square().mean() + model.rms_norm_eps)).to(dtype)
+        scaled = (wide * torch.rsqrt(wide.square().mean() + model.rms_norm_eps)).to(dtype)
+        return scaled if weight is None else weight.to(dtype) * scaled
 
     def rotate(heads: torch.Tensor) -> torch.Tensor:
         cos, sin = rope.cos[position], rope.sin[position]
@@ -150,10 +153,11 @@ def relative_error(a: torch.Tensor, truth: torch.Tensor) -> float:
     return float((a.double() - truth.double()).norm() / truth.double().norm())
 
 
+@pytest.mark.parametrize("folded", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_and_appended_token_against_fp32(name: str) -> None:
+def test_logits_and_appended_token_against_fp32(name: str, folded: bool) -> None:
     # Tiles of 64 tokens: within one round of a warp, in two rounds of one block, and in two to six a split.
-    rig = Rig(CONFIGS[name], max_len=5760)
+    rig = Rig(CONFIGS[name], max_len=5760, folded=folded)
     for context in (0, 1, 63, 64, 65, 127, 128, 191, 256, 320, 460, 511, 513, 1000, 2112, 5500):
         rig.fill(context)
         truth, new_k, new_v = rig.truth(context, torch.float32)

@@ -85,17 +85,18 @@ __device__ __forceinline__ void run_loader(const Params& p, const SharedState& s
 __device__ __forceinline__ GemvInput input_of(const Params& p, const Work& work, int op, int layer, const Step& step,
                                               int token) {
     const uint32_t use = step.first_use + layer;
+    const bool normed = !adds_residual(op);
     switch (op) {
         case kO:
-            return {p.attn, use, nullptr, nullptr};
+            return {p.attn, use, nullptr, work.norm, normed};
         case kGateUp:
-            return {p.x_mlp, use, nullptr, work.norm};
+            return {p.x_mlp, use, nullptr, work.norm, normed};
         case kDown:
-            return {p.act, use, nullptr, nullptr};
+            return {p.act, use, nullptr, work.norm, normed};
         default:
             if (op == kQkv && layer == 0)
-                return {nullptr, 0, p.embed + static_cast<int64_t>(token) * p.hidden_size, work.norm};
-            return {p.x_attn, use - 1, nullptr, work.norm};
+                return {nullptr, 0, p.embed + static_cast<int64_t>(token) * p.hidden_size, work.norm, normed};
+            return {p.x_attn, use - 1, nullptr, work.norm, normed};
     }
 }
 

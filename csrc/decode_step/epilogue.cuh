@@ -57,7 +57,7 @@ __device__ __forceinline__ void finish_op(const Params& p, const Work& work, int
     const Rows rows = {work.row, work.num_rows};
     const uint32_t use = step.first_use + layer;
     const int batch_rows = kBatchRows * (kMathWarps / linear.k_slices);
-    const bool adds = op == kO || op == kDown;
+    const bool adds = adds_residual(op);
     const bool draws = op == kHead && p.draws;
     Ballot mine{};
     Noise generator{};

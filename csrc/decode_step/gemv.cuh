@@ -10,9 +10,10 @@ struct GemvInput {
     uint32_t use;
     const bf16* row;   // then x is this row of the embedding
     const bf16* norm;  // elementwise factor, or null
+    bool normed;       // the sum of squares of x is wanted
 };
 
-// This lane's eight elements of each of the warp's units: x times the norm's weight. Returns its sum of x^2.
+// This lane's eight elements of each of the warp's units: x times `norm`. Returns its sum of x^2, if wanted.
 template <int U>
 __device__ __forceinline__ float load_input(const GemvInput& in, int slice, int lane, float (&x)[U][8]) {
     uint4 factor[U] = {};
@@ -36,16 +37,19 @@ __device__ __forceinline__ float load_input(const GemvInput& in, int slice, int 
         for (int u = 0; u < U; ++u) unpack(__ldg(reinterpret_cast<const uint4*>(in.row + column + u * kUnit)), x[u]);
     }
     float sum = 0.f;
+    if (in.normed) {
+#pragma unroll
+        for (int u = 0; u < U; ++u)
+#pragma unroll
+            for (int e = 0; e < 8; ++e) sum = fmaf(x[u][e], x[u][e], sum);
+    }
     if (in.norm != nullptr) {
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             float f[8];
             unpack(factor[u], f);
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                sum = fmaf(x[u][e], x[u][e], sum);
-                x[u][e] *= f[e];
-            }
+            for (int e = 0; e < 8; ++e) x[u][e] *= f[e];
         }
     }
     return sum;
@@ -160,7 +164,7 @@ __device__ __forceinline__ void gemv(const Linear& linear, int op, const GemvInp
     }
     PROFILE_END(shared, op, input_began);
     if (signals) *static_cast<volatile uint32_t*>(&shared.ring.exchanging) = 0;
-    if (in.norm != nullptr) {
+    if (in.normed) {
 #pragma unroll
         for (int mask = 16; mask > 0; mask >>= 1) sum_squares += __shfl_xor_sync(0xffffffffu, sum_squares, mask);
     }

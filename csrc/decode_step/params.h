@@ -31,6 +31,11 @@ constexpr int kBallotWords = 7, kBallotStride = 8;
 
 enum Op { kQkv = 0, kO = 1, kGateUp = 2, kDown = 3, kHead = 4, kNumOps = 5 };
 
+// The other projections scale their results by the norm of x: an RMSNorm comes before them.
+__host__ __device__ constexpr bool adds_residual(int op) {
+    return op == kO || op == kDown;
+}
+
 struct LayerPointers {
     const bf16 *attn_norm, *qkv, *o, *mlp_norm, *gate_up, *down;
 };

@@ -37,7 +37,7 @@ struct SharedState {
 // would not stay in the instruction cache.
 struct Work {
     const bf16* weights;  // the block's rows of the matrix
-    const bf16* norm;     // of the input, or null
+    const bf16* norm;     // factor of the input, or null: none, or part of the weights
     int row, num_rows;    // the first row and how many
 };
 
