@@ -44,14 +44,15 @@ struct Receiver {
     }
     // The step after which peers may send; -1: before the first. Without units of its own a block receives in no stage.
     __device__ int last_step(const Params& p) const {
-        return max(before + receiving_stages(p.tile_rows, kTokens, p.splits, units), 0) - 1;
+        const int bytes = row_bytes(p.tile_rows), received = received_bytes(kTokens, p.splits, units);
+        return max(before + min((received + bytes - 1) / bytes, stages), 0) - 1;
     }
-    // The offset of one source's unit.
-    __device__ int place(const Params& p, int source, int unit) const {
-        const int per_stage = units_per_stage(p.tile_rows, kTokens), index = source * units + unit;
-        int stage = start + index / per_stage;
-        if (stage >= stages) stage -= stages;
-        return stage * stage_bytes(p.tile_rows, kTokens) + index % per_stage * unit_bytes(kTokens);
+    // The offset of one source's fragment in shared memory.
+    __device__ int place(const Params& p, int source, int unit, int part) const {
+        const int offset = (source * units + unit) * unit_bytes(kTokens) + part * kFragmentBytes;
+        if (offset >= p.x_offset) return offset;
+        const int place = start * row_bytes(p.tile_rows) + offset;
+        return place < p.x_offset ? place : place - p.x_offset;
     }
 };
 
@@ -65,7 +66,7 @@ __device__ __forceinline__ void allow_sending(const Params& p, const Block& b, i
 template <int kTokens>
 __device__ __forceinline__ int sent_bytes(const Params& p, const Block& b) {
     const int units = first_of(p.units, b.rank + 1, p.splits) - first_of(p.units, b.rank, p.splits);
-    return p.splits * units * unit_bytes(kTokens);
+    return received_bytes(kTokens, p.splits, units);
 }
 
 __device__ __forceinline__ float silu(float x) {
@@ -199,7 +200,7 @@ struct Finisher {
             const int owner = owner_of(unit, p.units, p.splits);
             const Receiver<kTokens> receiver(p, owner);
             const uint32_t to = common::in_block(b.base, owner), barrier = to + b.received() - b.base;
-            const uint32_t place = to + receiver.place(p, b.rank, unit - receiver.first) + part * kFragmentBytes;
+            const uint32_t place = to + receiver.place(p, b.rank, unit - receiver.first, part);
 #pragma unroll
             for (int j = 0; j < 2; ++j)
                 common::send(place + (j * 32 + lane) * 16, barrier, d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
@@ -210,7 +211,7 @@ struct Finisher {
         float4 sum[2] = {};
 #pragma unroll 4
         for (int source = 0; source < p.splits; ++source) {
-            const float4* from = b.at<float4>(own.place(p, source, unit) + part * kFragmentBytes) + lane;
+            const float4* from = b.at<float4>(own.place(p, source, unit, part)) + lane;
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const float4 more = from[32 * j];

@@ -30,23 +30,32 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map
         : "memory");
 }
 
+// A stage of the ring, and the parity of its current round.
+struct Cursor {
+    int stage = 0;
+    uint32_t phase = 0;
+    __device__ __forceinline__ void advance(int stages) {
+        if (++stage == stages) stage = 0, phase ^= 1;
+    }
+};
+
 // The warp that fills the ring: one lane of it copies. begin() asks for constants only.
 template <int kTokens>
 struct Producer {
     const Params& p;
     const Block& b;
     const CUtensorMap *weight, *x;
-    const int bytes = stage_bytes(p.tile_rows, kTokens), ahead = min(p.ahead, b.steps);
+    const int ahead = min(p.ahead, b.steps), first = min(p.stages, b.steps);
 
     __device__ __forceinline__ void copy_weight(int stage, int step) {
         if (!common::elect_one()) return;
-        common::mbarrier_expect(b.full(stage), bytes);
-        copy_box(b.base + stage * bytes, weight, b.full(stage), (b.first_step + step) * kStageColumns,
+        common::mbarrier_expect(b.full(stage), stage_bytes(p.tile_rows, kTokens));
+        copy_box(b.base + stage * row_bytes(p.tile_rows), weight, b.full(stage), (b.first_step + step) * kStageColumns,
                  b.tile * p.tile_rows, common::kEvictFirst);
     }
     __device__ __forceinline__ void copy_x(int stage, int step) {
         if (!common::elect_one()) return;
-        copy_box(b.base + stage * bytes + row_bytes(p.tile_rows), x, b.full(stage),
+        copy_box(b.base + p.x_offset + stage * row_bytes(kTokens), x, b.full(stage),
                  (b.first_step + step) * kStageColumns, 0, common::kEvictLast);
     }
     __device__ __forceinline__ void begin() {
@@ -57,25 +66,27 @@ struct Producer {
     // would only delay each other, and not after, because memory would rest.
     __device__ __forceinline__ void run() {
         common::wait_for_previous_kernel();
-        if (b.steps - ahead <= p.trigger) common::allow_next_kernel();
+        if (b.steps - first <= p.trigger) common::allow_next_kernel();
 #pragma unroll 1
-        for (int step = 0; step < ahead; ++step) copy_x(step, step);
-        int stage = ahead % p.stages;
-        uint32_t phase = ahead < p.stages;  // that of "empty" before this one, for stages that were never filled
+        for (int step = 0; step < first; ++step) {
+            if (step >= ahead) copy_weight(step, step);
+            copy_x(step, step);
+        }
+        Cursor at;
 #pragma unroll 1
-        for (int step = ahead; step < b.steps; ++step) {
-            common::mbarrier_wait(b.empty(stage), phase);
-            copy_weight(stage, step);
-            copy_x(stage, step);
+        for (int step = first; step < b.steps; ++step) {
+            common::mbarrier_wait(b.empty(at.stage), at.phase);
+            copy_weight(at.stage, step);
+            copy_x(at.stage, step);
             if (b.steps - step - 1 == p.trigger) common::allow_next_kernel();
-            if (++stage == p.stages) stage = 0, phase ^= 1;
+            at.advance(p.stages);
         }
     }
 };
 
 template <int kTokens, int kRows, Form kForm>
 __device__ __forceinline__ void consume(const Params& p, const Block& b) {
-    const int bytes = stage_bytes(p.tile_rows, kTokens), lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32;
     common::wait_for_previous_kernel();
     Finisher<kTokens, kForm> finisher(p, b);
     finisher.begin();
@@ -84,19 +95,19 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     Sums<kTokens, kRows> sums(p);
     const bool multiplies = sums.kGroups == 2 || common::uniform_warp() < 4;
     if (multiplies) {
-        int stage = 0, before = 0;
-        uint32_t phase = 0;
+        Cursor at;
+        int before = 0;
 #pragma unroll 1
         for (int step = 0; step < b.steps; ++step) {
-            const uint32_t weight = b.base + stage * bytes;
-            common::mbarrier_wait(b.full(stage), phase);
-            sums.multiply(weight, weight + row_bytes(p.tile_rows), step);
+            common::mbarrier_wait(b.full(at.stage), at.phase);
+            sums.multiply(b.base + at.stage * row_bytes(p.tile_rows),
+                          b.base + p.x_offset + at.stage * row_bytes(kTokens), step);
             wgmma_commit();
             wgmma_wait<1>();
             if (step > 0 && lane == 0) common::mbarrier_arrive(b.empty(before));
             if (step == last_step + 1) allow_sending(p, b, lane);
-            before = stage;
-            if (++stage == p.stages) stage = 0, phase ^= 1;
+            before = at.stage;
+            at.advance(p.stages);
         }
         wgmma_wait<0>();
     }

@@ -45,18 +45,21 @@ constexpr bool tokens_are_rows(int tokens) {
     return tokens == 64;
 }
 
-// Heights of tiles that kernels are compiled for, in ascending order; a tile between two runs in the taller one's. Only
-// SwiGLU's products have so many rows that more than kShortRows pay.
+// Only SwiGLU's products have so many rows that tiles of more than kShortRows pay.
+constexpr bool may_be_tall(Form form, int tokens) {
+    return form == Form::kNormSwiGlu && tokens <= 64;
+}
+
+// Heights of tiles that kernels are compiled for, in ascending order; a tile between two runs in the taller one's.
 template <Form kForm, int kTokens>
 constexpr auto tile_heights() {
-    constexpr bool kMayBeTall = kForm == Form::kNormSwiGlu && kTokens <= 64;
     if constexpr (!tokens_are_rows(kTokens)) {
-        if constexpr (kMayBeTall)
+        if constexpr (may_be_tall(kForm, kTokens))
             return std::array{kShortRows, 2 * kShortRows};
         else
             return std::array{kShortRows};
     } else {
-        if constexpr (kMayBeTall)
+        if constexpr (may_be_tall(kForm, kTokens))
             return std::array{kShortRows, 224, 256};
         else
             return std::array{64, 96, kShortRows};
@@ -64,7 +67,7 @@ constexpr auto tile_heights() {
 }
 
 constexpr int tallest_tile(Form form, int tokens) {
-    return form == Form::kNormSwiGlu && tokens <= 64 ? 2 * kShortRows : kShortRows;
+    return may_be_tall(form, tokens) ? 2 * kShortRows : kShortRows;
 }
 
 // Of `count` things that a cluster shares out, block `rank` has those from first_of(rank) to first_of(rank + 1): steps
@@ -86,7 +89,7 @@ struct Params {
     int splits, stages, steps;  // steps: of kStageColumns, over all splits
     int ahead;                  // stages of weight that are asked for before the previous kernel has ended
     int trigger;                // the next kernel may start when this many stages are left to ask for
-    int tail_offset;            // in shared memory
+    int x_offset, tail_offset;  // in shared memory
 };
 
 // What the host launches: `rows` of weight are read of every tile, also where it has fewer.
@@ -95,7 +98,7 @@ struct Kernel {
     int rows;
 };
 
-// Shared memory of a block. At its start lies the ring of stages, weight before x, then Tail.
+// Shared memory of a block: the weight of all stages, then their x, then Tail.
 constexpr __host__ __device__ int row_bytes(int rows) {
     return rows * kStageColumns * 2;
 }
@@ -104,18 +107,14 @@ constexpr __host__ __device__ int stage_bytes(int tile_rows, int tokens) {
 }
 
 // What the blocks of a cluster send the one that finishes a unit of rows: fragments of eight floats a lane, [source]
-// [own unit][part][2][32 lanes] of float4. They go to the stages that the receiver has done with first, so many units
-// to each.
+// [own unit][part][2][32 lanes] of float4. They go where weight lay, from the stage on that the receiver has done with
+// first; what exceeds all stages, where x lay.
 constexpr int kFragmentBytes = kPartTokens * kUnitRows * 4;
 constexpr __host__ __device__ int unit_bytes(int tokens) {
     return tokens / kPartTokens * kFragmentBytes;
 }
-constexpr __host__ __device__ int units_per_stage(int tile_rows, int tokens) {
-    return stage_bytes(tile_rows, tokens) / unit_bytes(tokens);
-}
-constexpr __host__ __device__ int receiving_stages(int tile_rows, int tokens, int splits, int own_units) {
-    const int per_stage = units_per_stage(tile_rows, tokens);
-    return (splits * own_units + per_stage - 1) / per_stage;
+constexpr __host__ __device__ int received_bytes(int tokens, int splits, int own_units) {
+    return splits * own_units * unit_bytes(tokens);
 }
 
 struct Tail {
