@@ -248,31 +248,39 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ uint8_t shared_memory[];
     const auto s = Shared<Shape>::at((common::shared_address(shared_memory) + 1023) / 1024 * 1024);
-    const int rank = common::cluster_rank();
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < Shape::kStages; ++i) {
+    const int rank = common::cluster_rank(), warp = common::uniform_warp();
+    // Asked for now, or the first copies would wait for their maps.
+    if (warp == kMathWarps && common::elect_one()) {
+        common::tma_prefetch_map(&maps.weight);
+        common::tma_prefetch_map(&maps.x);
+        if (Shape::kEpilogue == Epilogue::kResidual) common::tma_prefetch_map(&maps.residual);
+        common::tma_prefetch_map(&maps.out);
+    }
+    if (common::elect_one()) {  // each barrier is an instruction of some fifty cycles: every warp makes a few
+        for (int i = warp; i < Shape::kStages; i += kThreads / 32) {
             common::mbarrier_init(s.full + 8 * i, 1);
             common::mbarrier_init(s.empty + 8 * i, kMathWarps * kCluster);  // each warp that reads it
         }
-        for (int i = 0; i < kMathGroups * Shape::kBuffers; ++i) {
+        for (int i = warp; i < kMathGroups * Shape::kBuffers; i += kThreads / 32) {
             common::mbarrier_init(s.ready + 8 * i, 1);
             common::mbarrier_init(s.staged + 8 * i, 128);
         }
         common::fence_barrier_init();
     }
+    __syncwarp();
     common::cluster_arrive();
     common::cluster_wait();
 
-    if (threadIdx.x >= kMathGroups * 128) {
+    if (warp >= kMathWarps) {
         lower_registers<kMoveRegisters>();
-        const int warp = threadIdx.x / 32 - kMathWarps;
+        const int mover = warp - kMathWarps;
         if (threadIdx.x % 32 == 0) {
-            if (warp == 0) load_tiles<Shape>(maps, tiling, s, rank);
-            if (warp == 1 || warp == 2) store_tiles<Shape>(maps, tiling, s, rank, warp - 1);
+            if (mover == 0) load_tiles<Shape>(maps, tiling, s, rank);
+            if (mover == 1 || mover == 2) store_tiles<Shape>(maps, tiling, s, rank, mover - 1);
         }
     } else {
         raise_registers<kMathRegisters>();
-        multiply_tiles<T, Shape>(tiling, exchange, s, threadIdx.x / 128);
+        multiply_tiles<T, Shape>(tiling, exchange, s, warp / 4);
     }
     __syncwarp();
     common::cluster_arrive();
