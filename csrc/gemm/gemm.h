@@ -30,8 +30,8 @@ struct Plan {
     int rows, splits;
 };
 
-// For products in parts: aligned to 16 bytes, zeroed before its first use and left fit for the next, and never used by
-// two products at the same time.
+// For products in parts: aligned to 16 bytes, zeroed before its first use and left so, and never used by two products
+// at the same time.
 struct Workspace {
     void* data;
     int64_t bytes;

@@ -207,7 +207,7 @@ __device__ __forceinline__ void stage_tile(const float (&d)[Shape::kFragment], c
 }
 
 template <typename T, typename Shape>
-__device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const Shared<Shape>& s, int group) {
+__device__ void multiply_tiles(const Tiling& t, float4* exchange, const Shared<Shape>& s, int group) {
     const int lane = threadIdx.x % 32;
     static_assert(Shape::kStages < kMinLeadSteps);
     Cursor<Shape::kStages> at;
@@ -244,7 +244,7 @@ __device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const 
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(kThreads, 1)
-    gemm_kernel(const __grid_constant__ TensorMaps maps, Tiling tiling, Exchange exchange) {
+    gemm_kernel(const __grid_constant__ TensorMaps maps, Tiling tiling, float4* exchange) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ uint8_t shared_memory[];
     const auto s = Shared<Shape>::at((common::shared_address(shared_memory) + 1023) / 1024 * 1024);

@@ -110,16 +110,14 @@ Tiling tiling_of(const Gemm& g, const Plan& plan) {
     return t;
 }
 
-Exchange exchange_in(const Workspace& workspace, const Plan& plan, int parts) {
-    if (plan.splits == 1) return {};
-    require(parts <= kMostClusters,
-            std::to_string(parts) + " parts of tiles; supported: " + std::to_string(kMostClusters) + " at most");
-    const int64_t needed = kCounterBytes + int64_t(parts) * exchange_bytes(plan.rows, plan.splits);
+// Where the parts of a tile leave sums for each other.
+float4* exchange_in(const Workspace& workspace, const Plan& plan, int parts) {
+    if (plan.splits == 1) return nullptr;
+    const int64_t needed = int64_t(parts) * exchange_bytes(plan.rows, plan.splits);
     require(workspace.data && reinterpret_cast<uintptr_t>(workspace.data) % 16 == 0 && workspace.bytes >= needed,
             "the workspace has " + std::to_string(workspace.bytes) + " bytes; expected " + std::to_string(needed) +
                 ", 16-byte aligned");
-    return {static_cast<unsigned*>(workspace.data),
-            reinterpret_cast<float4*>(static_cast<char*>(workspace.data) + kCounterBytes)};
+    return static_cast<float4*>(workspace.data);
 }
 
 // Parts wait for each other: one that had no place yet would keep the others waiting for ever.
@@ -143,7 +141,7 @@ TensorMaps maps_of(const Gemm& g, const Plan& plan, common::Dtype dtype) {
 }  // namespace
 
 int64_t workspace_bytes(int clusters) {
-    return kCounterBytes + int64_t(clusters) * exchange_bytes(256, 4);
+    return int64_t(clusters) * exchange_bytes(256, 4);
 }
 
 void launch(const Gemm& g, const Plan& plan, const Workspace& workspace, const Launch& how) {
@@ -152,7 +150,7 @@ void launch(const Gemm& g, const Plan& plan, const Workspace& workspace, const L
     require(kernel.function, "no kernel for this dtype and epilogue makes tiles of " + std::to_string(plan.rows) +
                                  " rows in " + std::to_string(plan.splits) + " parts; all have 256 in 1 part");
     Tiling tiling = tiling_of(g, plan);
-    Exchange exchange = exchange_in(workspace, plan, tiling.parts);
+    float4* exchange = exchange_in(workspace, plan, tiling.parts);
     common::allow_shared_memory(kernel.function, kernel.shared_bytes);
     check_room(kernel, plan, tiling.parts);
     TensorMaps maps = maps_of(g, plan, how.dtype);

@@ -54,15 +54,7 @@ struct Tiling {
     int parts;                     // of all tiles: what the clusters share out
 };
 
-// Where the parts of a tile leave sums for each other: a counter for each warp of each block, then the sums.
-struct Exchange {
-    unsigned* counters;
-    float4* sums;
-};
-
 constexpr int kMathWarps = kMathGroups * 4;
-constexpr int kMostClusters = 256;  // of a product in parts
-constexpr int kCounterBytes = kMostClusters * kCluster * kMathWarps * 4;
 
 // Of the sums that one cluster gets.
 constexpr int exchange_bytes(int rows, int splits) {

@@ -145,7 +145,7 @@ def _fits(plan: Plan, parts: int, size: int, clusters: int) -> bool:
 
 @functools.cache
 def _workspace(device: torch.device) -> torch.Tensor:
-    """Shared by all products in parts on a device: they run one after the other, each leaves it fit for the next."""
+    """Shared by all products in parts on a device: they run one after the other, each leaves it zeroed."""
     if torch.cuda.is_current_stream_capturing():  # an allocation now would belong to the graph
         raise UserError("a product in parts was captured before the first one ran: run one before")
     return torch.zeros(library().workspace_bytes(clusters_at_once(device)), dtype=torch.uint8, device=device)
