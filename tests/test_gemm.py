@@ -41,6 +41,9 @@ def test_kernel_refuses(arguments: tuple, message: str) -> None:
         (256, 512, 0, 0, {"rows": 128, "splits": 2}, "the workspace has 0 bytes; expected 262144"),
         (256, 512, 0, 0, {"splits": 2, "workspace": ALIGNED, "workspace_bytes": 1 << 14}, "has 16384 bytes; expected"),
         (256, 512, 0, 0, {"splits": 2, "workspace": ODD, "workspace_bytes": 1 << 30}, "16-byte aligned"),
+        (256, 512, 0, 0, {"squares": ODD, "count": 1}, "squares must be 16-byte aligned"),
+        (256, 512, 0, 0, {"squares": ALIGNED}, "there are 0 sums of squares a token; expected 1 or more, of x"),
+        (256, 512, 2, 0, {"count": 3}, "there are 3 sums of squares a token; expected 0"),
     ],
 )
 def test_kernel_refuses_plans(num_rows: int, size: int, epilogue: int, dtype: int, plan: dict, message: str) -> None:
