@@ -19,7 +19,7 @@
 
 namespace batch_linear {
 
-using common::wgmma_commit, common::wgmma_wait;
+using common::Cursor, common::wgmma_commit, common::wgmma_wait;
 
 __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, uint32_t barrier, int column, int row,
                                          uint64_t policy) {
@@ -29,15 +29,6 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map
         "l"(map), "r"(barrier), "r"(column), "r"(row), "l"(policy)
         : "memory");
 }
-
-// A stage of the ring, and the parity of its current round.
-struct Cursor {
-    int stage = 0;
-    uint32_t phase = 0;
-    __device__ __forceinline__ void advance(int stages) {
-        if (++stage == stages) stage = 0, phase ^= 1;
-    }
-};
 
 // The warp that fills the ring: one lane of it copies. begin() asks for constants only.
 template <int kTokens>

@@ -102,9 +102,8 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     // What is read behind a tile that is not so high has to be there behind the last stage as well.
     const int behind = std::max(int(sizeof(Tail)), row_bytes(kernel.rows) - bytes_of_stage);
     p.stages = std::min({kMaxStages, block_steps, (plan.shared_bytes - behind) / bytes_of_stage});
-    const int least = std::max(
-        std::min(2, block_steps),
-        p.splits == 1 ? 0 : divide_up(received_bytes(tokens, p.splits, divide_up(p.units, p.splits)), bytes_of_stage));
+    const int received = p.splits == 1 ? 0 : received_bytes(tokens, p.splits, divide_up(p.units, p.splits));
+    const int least = std::max(std::min(2, block_steps), divide_up(received, bytes_of_stage));
     require(p.stages >= least, "a block needs " + std::to_string(least * bytes_of_stage + behind) +
                                    " bytes of shared memory in " + std::to_string(least) + " stages, and may have " +
                                    std::to_string(plan.shared_bytes) + " and " + std::to_string(block_steps));

@@ -41,6 +41,15 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
     }
 }
 
+// A stage of a ring, and the parity of its current round.
+struct Cursor {
+    int stage = 0;
+    uint32_t phase = 0;
+    __device__ __forceinline__ void advance(int stages) {
+        if (++stage == stages) stage = 0, phase ^= 1;
+    }
+};
+
 // ---- cp.async: 16 or 4 bytes a thread. The arrival counts as one of the barrier's `count` once this thread's copies
 // have landed. Or copies are counted in groups: a wait is over when at most kOpen of the thread's groups are on their
 // way.

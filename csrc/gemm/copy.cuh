@@ -1,5 +1,4 @@
-// Bulk tensor copies of 2-D boxes, matrices of 8x8 elements into shared memory, and what blocks of a cluster do with
-// each other's barriers (sm_90).
+// Bulk tensor copies of 2-D boxes, matrices of 8x8 elements into shared memory, and who has how many registers (sm_90).
 #pragma once
 #include <cuda.h>
 
@@ -48,15 +47,6 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&a
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a[0]),
                  "r"(a[1]), "r"(a[2]), "r"(a[3])
                  : "memory");
-}
-
-// Arrives on the barrier that lies at `barrier` in block `rank`'s shared memory.
-__device__ __forceinline__ void arrive_in_block(uint32_t barrier, uint32_t rank) {
-    asm volatile(
-        "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
 }
 
 // Registers of this warpgroup's threads; all warps of the warpgroup call it.

@@ -214,7 +214,7 @@ __device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const 
     Cursor<Shape::kBuffers> buffer;
     const bool takes_turns = Shape::kSplits == 1 && t.steps >= kMinLeadSteps;
     auto release = [&](int slot) {
-        if (lane < kCluster) arrive_in_block(s.empty + 8 * slot, lane);
+        if (lane < kCluster) common::arrive_remote(common::in_block(s.empty + 8 * slot, lane));
     };
     for (int index = blockIdx.x / kCluster; index < t.parts; index += gridDim.x / kCluster) {
         const Tile tile = tile_at<Shape::kSplits>(t, index);

@@ -13,6 +13,8 @@
 
 namespace skinny_linear {
 
+using common::Cursor;
+
 // A box of a matrix seen as (column in a panel of 64, row, panel).
 __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, uint32_t barrier, int row, int panel,
                                          uint64_t policy) {
@@ -22,15 +24,6 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map
         "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(panel), "l"(policy)
         : "memory");
 }
-
-// A place in the ring, and the parity of its current round.
-struct Cursor {
-    int stage = 0;
-    uint32_t phase = 0;
-    __device__ void advance(int stages) {
-        if (++stage == stages) stage = 0, phase ^= 1;
-    }
-};
 
 // The warp that fills the ring: one lane of it copies. begin() asks for constants only.
 template <class Grid>
