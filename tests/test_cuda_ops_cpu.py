@@ -277,26 +277,14 @@ def test_plans_are_remembered_for_an_epilogue() -> None:
     assert gemm_search._parse("csrc/gemm 192x2", gemm.RESIDUAL) is None
 
 
-def test_the_way_of_a_fused_product_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_way_of_swiglu_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LLAMA3_KERNEL_CACHE", str(tmp_path))
-    weight, plans = torch.zeros(32, 16, dtype=BF16), gemm.PLANS[gemm.SWIGLU]
-
-    def apart(weight: torch.Tensor) -> str:
-        return "apart"
-
-    def fused(plan: gemm.Plan, weight: torch.Tensor) -> gemm.Plan:
-        return plan
-
+    x, gate_up = torch.zeros(2, 16, dtype=BF16), torch.zeros(32, 16, dtype=BF16)
     for i, plan in enumerate((None, gemm.WHOLE, gemm.Plan(224))):
-
-        def pick(ways: list, weight: torch.Tensor, i: int = i) -> int:
-            assert [way(weight) for way in ways] == ["apart", *plans]
-            return i
-
-        monkeypatch.setattr(gemm_search, "fastest", pick)
-        assert gemm_search._fastest_plan(str(i), weight, apart, fused, plans) == plan
+        monkeypatch.setattr(gemm_search, "fastest", lambda ways, weight, i=i: i)
+        assert gemm_search._fastest_swiglu(str(i), x, gate_up, torch.clone) == plan
     monkeypatch.setattr(gemm_search, "fastest", None)
-    assert gemm_search._fastest_plan("2", weight, apart, fused, plans) == gemm.Plan(224)
+    assert gemm_search._fastest_swiglu("2", x, gate_up, torch.clone) == gemm.Plan(224)
     remembered = {"0": "apart", "1": "csrc/gemm 256x1", "2": "csrc/gemm 224x1"}
     assert json.loads(gemm_search.cache_path().read_text()) == remembered
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from llama3.errors import UserError
 from llama3.ops import gemm, gemm_search, linear
 from llama3.ops.reference import ReferenceOps
 from tests.numerics import assert_within_contract
-from tests.one_kernel_helpers import check_squares, norm_linear, norm_swiglu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper", "poisoned_allocations")]
 COUNTS = (1, 63, 64, 65, 128, 129, 255, 257, 1000, 4099)  # a block takes 128 tokens, a cluster 256
@@ -98,49 +96,6 @@ def test_product_plans(plan: gemm.Plan, num_tokens: int) -> None:
             assert torch.equal(residual, result)
 
 
-def fits(plan: gemm.Plan, num_tokens: int, num_rows: int) -> bool:
-    """Whether all of a product's parts run at once on this GPU."""
-    at_once = gemm.clusters_at_once(torch.device("cuda", torch.cuda.current_device()))
-    return plan.splits == 1 or -(-num_tokens // 256) * -(-num_rows // plan.rows) * plan.splits <= at_once
-
-
-@pytest.mark.parametrize("num_tokens", (*EDGE_COUNTS, 700))
-@pytest.mark.parametrize("plan", gemm.SQUARING)
-def test_squares_for_the_norm_that_follows(plan: gemm.Plan, num_tokens: int) -> None:
-    dtype = torch.bfloat16
-    for num_rows, size in edge_sizes(plan):
-        x, weight = normal(num_tokens, size, dtype=dtype), normal(num_rows, size, dtype=dtype, scale=size**-0.5)
-        residual = inside(normal(num_tokens, num_rows, dtype=dtype))
-        result, squares = gemm.linear_add_squares(inside(x), inside(weight), residual, plan)
-        assert torch.equal(result, gemm.product(x, weight, residual, plan=plan))
-        check_squares(result, squares)
-
-
-@pytest.mark.parametrize("num_tokens", (*EDGE_COUNTS, 700))
-@pytest.mark.parametrize("plan", sorted({*gemm.PLANS[gemm.PLAIN], *gemm.PLANS[gemm.SWIGLU]}))
-def test_a_norm_by_its_squares(plan: gemm.Plan, num_tokens: int) -> None:
-    """Several tiles a cluster too, so that scales are handed over more than once."""
-    dtype = torch.bfloat16
-    for num_rows, size in ((plan.rows + 16, 584), (16, 520), (13 * plan.rows, 1096)):
-        if not fits(plan, num_tokens, num_rows):
-            continue
-        x, weight = (
-            normal(num_tokens, size, dtype=dtype, scale=3),
-            normal(num_rows, size, dtype=dtype, scale=size**-0.5),
-        )
-        parts = [part.float().square().sum(1) for part in x.tensor_split(7, dim=1)]
-        squares = inside(torch.stack(parts))
-        for run, reference, epilogue in (
-            (gemm.norm_product, norm_linear, gemm.PLAIN),
-            (gemm.norm_swiglu, norm_swiglu, gemm.SWIGLU),
-        ):
-            if plan not in gemm.PLANS[epilogue]:
-                continue
-            result = run(inside(x), squares, inside(weight), 1e-5, plan)
-            assert_within_contract(result, reference(x.double(), weight.double(), 1e-5), reference(x, weight, 1e-5))
-            assert torch.equal(result, run(x, squares, weight, 1e-5, plan))
-
-
 @pytest.mark.parametrize("num_tokens", EDGE_COUNTS)
 def test_swiglu_plans(num_tokens: int) -> None:
     dtype = torch.bfloat16
@@ -187,19 +142,8 @@ def test_sums_of_parts_are_repeatable() -> None:
         for out in outs:
             gemm.product(x, weight, out=out, plan=plan)
         assert all(torch.equal(out, expected) for out in outs)
-        assert not gemm._workspace(x.device).any()
-
-
-@pytest.mark.parametrize("plan", SPLIT_PLANS)
-def test_parts_that_are_zero(plan: gemm.Plan) -> None:
-    """A part that was sent is told apart from one that was not by not being 0."""
-    x, weight = normal(256, 2048, dtype=torch.bfloat16), normal(1024, 2048, dtype=torch.bfloat16)
-    x[:, : 2048 // plan.splits], x[::3], weight[::5] = 0, 0, 0
-    for _ in range(20):
-        result = gemm.product(x, weight, plan=plan)
-        assert_within_contract(result, x.double() @ weight.double().T, x @ weight.T)
-        assert not result[::3].any() and not result[:, ::5].any()
-    assert not gemm._workspace(x.device).any()
+        counters = gemm._workspace(x.device)[: 1 << 14]
+        assert not counters.any()
 
 
 @pytest.mark.parametrize("plan", SPLIT_PLANS)
@@ -356,45 +300,3 @@ def test_replay_in_a_graph_after_other_kernels() -> None:
         y.fill_(torch.nan)
         graph.replay()
         assert torch.equal(y, expected)
-
-
-def test_layers_whose_norms_are_scales(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Through the search, and in a graph: each kernel reads what its predecessor writes, launched before its end."""
-    monkeypatch.setenv("LLAMA3_KERNEL_CACHE", str(tmp_path))
-    for name in ("_decode_batches", "_first", "_measured", "_fused"):
-        monkeypatch.setattr(gemm_search, name, type(getattr(gemm_search, name))())
-    # The last way is one of our kernels where there is one, so every norm becomes a scale.
-    monkeypatch.setattr(gemm_search, "fastest", lambda ways, weight: len(ways) - 1)
-    num_tokens, size, dtype = 250, 4096, torch.bfloat16
-    gemm_search.expect_decode(num_tokens)
-    rows = (6144, size, 8192, size)
-    matrices = [normal(n, size, dtype=dtype, scale=size**-0.5) for n in rows]
-    start = normal(num_tokens, size, dtype=dtype)
-
-    def layers(ops: Any, matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-        qkv, o, gate_up, down = matrices
-        x, squares, states = start.to(qkv.dtype), None, []
-        for _ in range(3):
-            attn = ops.norm_linear(x, None, qkv, 1e-5, squares)[:, :size].contiguous()
-            x, squares = ops.linear_add_squares(attn, o, x)
-            mid = ops.norm_swiglu(x, None, gate_up, 1e-5, squares)
-            x, squares = ops.linear_add_squares(mid, down, x)
-            states.append(x)
-        return states
-
-    states = layers(linear, matrices)
-    kinds = {kind for (_, kind), plan in gemm_search._fused.items() if plan is not None}
-    assert kinds == {"norm", "norm, SwiGLU", "squares"}
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = layers(linear, matrices)
-    for _ in range(20):
-        for state in captured:
-            state.fill_(torch.nan)
-        graph.replay()
-        assert all(torch.equal(state, expected) for state, expected in zip(captured, states, strict=True))
-    plain, exact = layers(ReferenceOps(), matrices), layers(ReferenceOps(), [m.double() for m in matrices])
-    for state, truth, same_precision in zip(states, exact, plain, strict=True):
-        assert_within_contract(state, truth, same_precision)

@@ -7,11 +7,29 @@
 // reader waits only for blocks of lower blockIdx (see kernel.cuh), which the hardware started before it and which
 // themselves wait for nobody, so the wait ends. Partials are added in a fixed order: a repeat is bitwise equal.
 #pragma once
-#include "common/quad.cuh"
 #include "decode_attn/split.h"
 #include "decode_attn/tile_math.cuh"
 
 namespace decode_attn {
+
+// 128-bit accesses: all four floats arrive together.
+__device__ __forceinline__ float4 load_relaxed(const float4* address) {
+    uint64_t low, high;
+    asm volatile("{.reg .b128 x; ld.relaxed.gpu.global.b128 x, [%2]; mov.b128 {%0, %1}, x;}"
+                 : "=l"(low), "=l"(high)
+                 : "l"(address)
+                 : "memory");
+    return {__uint_as_float(static_cast<uint32_t>(low)), __uint_as_float(static_cast<uint32_t>(low >> 32)),
+            __uint_as_float(static_cast<uint32_t>(high)), __uint_as_float(static_cast<uint32_t>(high >> 32))};
+}
+
+__device__ __forceinline__ void store_relaxed(float4* address, float4 x) {
+    const uint64_t low = __float_as_uint(x.x) | static_cast<uint64_t>(__float_as_uint(x.y)) << 32,
+                   high = __float_as_uint(x.z) | static_cast<uint64_t>(__float_as_uint(x.w)) << 32;
+    asm volatile("{.reg .b128 x; mov.b128 x, {%1, %2}; st.relaxed.gpu.global.b128 [%0], x;}" ::"l"(address), "l"(low),
+                 "l"(high)
+                 : "memory");
+}
 
 __device__ __forceinline__ float4 empty_quad() {
     const float empty = __uint_as_float(kEmptyWord);
@@ -85,8 +103,8 @@ __device__ __forceinline__ void publish(const Result& part, const Params& p, int
     const Lane my(p.group, lane);
     if (my.share > 0 || my.pair >= my.pairs) return;
     const Partial place(p.partials, range, buffer, column, my, lane);
-    common::store_relaxed(place.o, {part.o[0], part.o[1], part.o[2], part.o[3]});
-    if (lane < 4) common::store_relaxed(place.state, {part.max[0], part.sum[0], part.max[1], part.sum[1]});
+    store_relaxed(place.o, {part.o[0], part.o[1], part.o[2], part.o[3]});
+    if (lane < 4) store_relaxed(place.state, {part.max[0], part.sum[0], part.max[1], part.sum[1]});
 }
 
 // Adds the partials of the `count` ranges from `first` on. A place that is still empty is asked for again, alone, so
@@ -121,11 +139,11 @@ __device__ __forceinline__ void collect(Result& total, const Params& p, int firs
         bool missing;
         do {  // the first round asks for everything, the last one finds nothing missing
             missing = is_empty(state);
-            if (missing) state = common::load_relaxed(place.state + turn * step);
+            if (missing) state = load_relaxed(place.state + turn * step);
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
                 if (is_empty(o[i])) {
-                    o[i] = common::load_relaxed(place.o + i * step);
+                    o[i] = load_relaxed(place.o + i * step);
                     missing = true;
                 }
             }

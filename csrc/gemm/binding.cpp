@@ -13,22 +13,13 @@ PYBIND11_MODULE(gemm, module) {
     module.def(
         "gemm",
         [](uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out, int num_tokens, int num_rows, int size,
-           int epilogue, int dtype, uintptr_t stream, int rows, int splits, uintptr_t workspace, int64_t bytes,
-           uintptr_t squares, int count, float eps) {
-            gemm::launch({reinterpret_cast<void*>(x),
-                          reinterpret_cast<void*>(weight),
-                          reinterpret_cast<void*>(residual),
-                          reinterpret_cast<void*>(out),
-                          num_tokens,
-                          num_rows,
-                          size,
-                          static_cast<gemm::Epilogue>(epilogue),
-                          {reinterpret_cast<float*>(squares), count},
-                          eps},
-                         {rows, splits}, {reinterpret_cast<void*>(workspace), bytes},
-                         {static_cast<common::Dtype>(dtype), reinterpret_cast<cudaStream_t>(stream)});
+           int epilogue, int dtype, uintptr_t stream, int rows, int splits, uintptr_t workspace, int64_t bytes) {
+            gemm::launch(
+                {reinterpret_cast<void*>(x), reinterpret_cast<void*>(weight), reinterpret_cast<void*>(residual),
+                 reinterpret_cast<void*>(out), num_tokens, num_rows, size, static_cast<gemm::Epilogue>(epilogue)},
+                {rows, splits}, {reinterpret_cast<void*>(workspace), bytes},
+                {static_cast<common::Dtype>(dtype), reinterpret_cast<cudaStream_t>(stream)});
         },
         "x"_a, "weight"_a, "residual"_a, "out"_a, "num_tokens"_a, "num_rows"_a, "size"_a, "epilogue"_a, "dtype"_a,
-        "stream"_a, "rows"_a = 256, "splits"_a = 1, "workspace"_a = 0, "workspace_bytes"_a = 0, "squares"_a = 0,
-        "count"_a = 0, "eps"_a = 0.f);
+        "stream"_a, "rows"_a = 256, "splits"_a = 1, "workspace"_a = 0, "workspace_bytes"_a = 0);
 }

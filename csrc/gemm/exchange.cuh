@@ -2,36 +2,37 @@
 // share of the tile's columns, and give the others what they have of theirs, through L2.
 //
 // Every warp exchanges with the warps of the same number in the blocks of the same rank, which hold the same fragments.
-// A place is empty while its first word is 0: a sum that is 0 is sent as -0. Who has read it empties it again, for the
-// next kernel.
+// Its counter tells it how many have sent. Whoever has seen all of them sets it back to 0 for the next kernel.
 #pragma once
 #include "common/async.cuh"
 #include "common/cluster.cuh"
-#include "common/quad.cuh"
 #include "gemm/params.h"
 
 namespace gemm {
 
-__device__ __forceinline__ bool is_empty(float4 sums) {
-    return __float_as_uint(sums.x) == 0;
+// After what this warp, synchronised before, has written.
+__device__ __forceinline__ void add_release(unsigned* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
-__device__ __forceinline__ float4 never_empty(float a, float b, float c, float d) {
-    return {__float_as_uint(a) == 0 ? -0.f : a, b, c, d};
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned* counter) {
+    unsigned value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
 }
 
 // The first accumulators of a thread are those of the columns that its part finishes; then come those of the next part,
 // and so on around. The first become sums over all parts, always added up in the same order: a repeat is bitwise equal.
 template <typename Shape>
-__device__ __forceinline__ void exchange_sums(float (&d)[Shape::kFragment], float4* exchange, int part) {
+__device__ __forceinline__ void exchange_sums(float (&d)[Shape::kFragment], const Exchange& exchange, int part) {
     constexpr int kSplits = Shape::kSplits, kUnits = Shape::kColumns / 8;  // of four accumulators
-    constexpr int kAtOnce = 8;                                             // on their way from L2
     const int lane = threadIdx.x % 32, cluster = blockIdx.x / kCluster;
     const int warp = common::cluster_rank() * kMathWarps + threadIdx.x / 32;  // of the cluster
+    const auto warp_of = [&](int other) { return (cluster - part + other) * kCluster * kMathWarps + warp; };
     const auto sums = [&](int receiver, int away) {
-        const int of_all = (cluster - part + receiver) * kCluster * kMathWarps + warp;
-        return exchange + ((of_all * (kSplits - 1) + away - 1) * kUnits * 32 + lane);
+        return exchange.sums + ((warp_of(receiver) * (kSplits - 1) + away - 1) * kUnits * 32 + lane);
     };
-    // The previous kernel may be another product in parts, which still reads its sums.
+    // The previous kernel may be another product in parts, which still reads its sums and counters.
     common::wait_for_previous_kernel();
 #pragma unroll
     for (int away = 1; away < kSplits; ++away) {
@@ -39,27 +40,25 @@ __device__ __forceinline__ void exchange_sums(float (&d)[Shape::kFragment], floa
 #pragma unroll
         for (int i = 0; i < kUnits; ++i) {
             const float* v = d + (away * kUnits + i) * 4;
-            common::store_relaxed(to + 32 * i, never_empty(v[0], v[1], v[2], v[3]));
+            __stcg(to + 32 * i, make_float4(v[0], v[1], v[2], v[3]));
         }
     }
+    __syncwarp();
+    if (lane > 0 && lane < kSplits) add_release(exchange.counters + warp_of((part + lane) % kSplits));
+    unsigned* own = exchange.counters + warp_of(part);
+    if (lane == 0) {
+        while (load_acquire(own) != kSplits - 1) {
+        }
+        *own = 0;
+    }
+    __syncwarp();
 #pragma unroll
     for (int away = 1; away < kSplits; ++away) {
-        float4* from = sums(part, away);
+        const float4* from = sums(part, away);
 #pragma unroll
-        for (int first = 0; first < kUnits; first += kAtOnce) {
-            float4 v[kAtOnce];
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i)
-                if (first + i < kUnits) v[i] = common::load_relaxed(from + 32 * (first + i));
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                if (first + i >= kUnits) break;
-                float4* place = from + 32 * (first + i);
-                while (is_empty(v[i])) v[i] = common::load_relaxed(place);
-                common::store_relaxed(place, {});
-                float* sum = d + 4 * (first + i);
-                sum[0] += v[i].x, sum[1] += v[i].y, sum[2] += v[i].z, sum[3] += v[i].w;
-            }
+        for (int i = 0; i < kUnits; ++i) {
+            const float4 v = __ldcg(from + 32 * i);
+            d[4 * i] += v.x, d[4 * i + 1] += v.y, d[4 * i + 2] += v.z, d[4 * i + 3] += v.w;
         }
     }
 }

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "common/linear.h"
 #include "common/types.cuh"
 
 namespace gemm {
@@ -18,17 +17,11 @@ enum class Epilogue : int {
 // x [num_tokens, size], weight [num_rows, size], out and residual [num_tokens, num_rows] (kSwiglu: out [num_tokens,
 // num_rows / 2]); all contiguous and 16-byte aligned. Any num_tokens; num_rows and size are multiples of 8, with
 // kSwiglu num_rows of 16.
-//
-// RMSNorm before a product is its weight, which is part of the product's, and a scale of each token. With squares of x,
-// kPlain and kSwiglu scale their sums. kResidual in 2 parts may leave those of out, one for each part of each tile's
-// rows.
 struct Gemm {
     const void *x, *weight, *residual;
     void* out;
     int num_tokens, num_rows, size;
     Epilogue epilogue;
-    common::Squares squares;
-    float eps;  // of the norm before
 };
 
 // How it is computed: weight rows of a tile; in how many parts its inner dimension is split, each worked on by a
@@ -37,8 +30,8 @@ struct Plan {
     int rows, splits;
 };
 
-// For products in parts: aligned to 16 bytes, zeroed before its first use and left so, and never used by two products
-// at the same time.
+// For products in parts: aligned to 16 bytes, zeroed before its first use and left fit for the next, and never used by
+// two products at the same time.
 struct Workspace {
     void* data;
     int64_t bytes;

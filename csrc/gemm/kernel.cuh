@@ -179,54 +179,10 @@ __device__ __forceinline__ uint32_t finish(const float (&d)[Shape::kFragment], i
     }
 }
 
-// The first token of a tile's that a warp has sums of: 16, of which a lane has two, lane / 4 and 8 more.
-__device__ __forceinline__ int first_token(const Tile& tile, int group) {
-    const int block = tile.token * kCluster + common::cluster_rank();
-    return block * kTileTokens + group * kGroupTokens + threadIdx.x / 32 % 4 * 16;
-}
-
-// RMSNorm's scales of a lane's two tokens. A warp's lanes share out what there is to sum, always in the same order, and
-// all of it is asked for at once: it comes while the first x is on its way, and nobody waits for it later.
-__device__ __forceinline__ void read_scales(float (&scale)[2], const Norm& norm, int first) {
-    constexpr int kShares = 2, kTokens = 32 / kShares, kAtOnce = 32;
-    const int lane = threadIdx.x % 32, token = first + lane % kTokens;
-    const int count = token < norm.num_tokens ? norm.squares.count : 0;
-    common::wait_for_previous_kernel();
-    float squares = 0;
-#pragma unroll 1
-    for (int part = lane / kTokens; part < norm.squares.count; part += kShares * kAtOnce) {
-        const float* from = norm.squares.sums + int64_t(part) * norm.num_tokens + token;
-        float v[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-            v[i] = part + kShares * i < count ? __ldcg(from + kShares * i * norm.num_tokens) : 0;
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) squares += v[i];
-    }
-    squares += __shfl_xor_sync(~0u, squares, kTokens);
-    const float own = rsqrtf(squares / norm.size + norm.eps);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) scale[i] = __shfl_sync(~0u, own, lane / 4 + 8 * i);
-}
-
-// For the norm that follows: of what a warp has written of a lane's two tokens, over its columns.
-__device__ __forceinline__ void write_squares(const Norm& norm, int part, int first, const float (&squares)[2]) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        float sum = squares[i];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        const int token = first + lane / 4 + 8 * i;
-        if (lane % 4 == 0 && token < norm.num_tokens) norm.squares.sums[int64_t(part) * norm.num_tokens + token] = sum;
-    }
-}
-
-// A warpgroup's accumulators to its staging buffers, in the order of BoxWalk. Adds to the squares of a lane's two
-// tokens where a norm follows.
+// A warpgroup's accumulators to its staging buffers, in the order of BoxWalk.
 template <typename T, typename Shape>
 __device__ __forceinline__ void stage_tile(const float (&d)[Shape::kFragment], const Shared<Shape>& s, int group,
-                                           Cursor<Shape::kBuffers>& at, float (&squares)[2]) {
+                                           Cursor<Shape::kBuffers>& at) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     constexpr int kApart =
         Shape::kEpilogue == Epilogue::kSwiglu ? 8 : 4;  // accumulators from one 8 columns to the next
@@ -244,13 +200,6 @@ __device__ __forceinline__ void stage_tile(const float (&d)[Shape::kFragment], c
 #pragma unroll
             for (int i = 0; i < 4; ++i) words[i] = finish<T, Shape>(d, (unit + i / 2) * kApart + i % 2 * 2, words[i]);
             stmatrix_x4(address, words);
-            if constexpr (Shape::kSumsSquares) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float2 v = common::Pack<T>::to_floats(words[i]);
-                    squares[i % 2] = fmaf(v.x, v.x, fmaf(v.y, v.y, squares[i % 2]));
-                }
-            }
         }
         common::fence_async_proxy();
         common::mbarrier_arrive(s.staged + 8 * buffer);
@@ -258,7 +207,7 @@ __device__ __forceinline__ void stage_tile(const float (&d)[Shape::kFragment], c
 }
 
 template <typename T, typename Shape>
-__device__ void multiply_tiles(const Tiling& t, const Norm& norm, float4* exchange, const Shared<Shape>& s, int group) {
+__device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const Shared<Shape>& s, int group) {
     const int lane = threadIdx.x % 32;
     static_assert(Shape::kStages < kMinLeadSteps);
     Cursor<Shape::kStages> at;
@@ -267,12 +216,8 @@ __device__ void multiply_tiles(const Tiling& t, const Norm& norm, float4* exchan
     auto release = [&](int slot) {
         if (lane < kCluster) common::arrive_remote(common::in_block(s.empty + 8 * slot, lane));
     };
-    const bool is_scaled = Shape::kEpilogue != Epilogue::kResidual && norm.squares.sums;
-    float scale[2];
-    int scaled = -1;  // the tile of tokens whose scales these are
     for (int index = blockIdx.x / kCluster; index < t.parts; index += gridDim.x / kCluster) {
         const Tile tile = tile_at<Shape::kSplits>(t, index);
-        if (is_scaled && tile.token != scaled) read_scales(scale, norm, first_token(tile, group)), scaled = tile.token;
         float d[Shape::kFragment];
         int before = 0;
         if (takes_turns && group == 1) common::named_sync(1, kMathGroups * 128);
@@ -293,56 +238,41 @@ __device__ void multiply_tiles(const Tiling& t, const Norm& norm, float4* exchan
         wgmma_wait<0>();
         release(before);
         if constexpr (Shape::kSplits > 1) exchange_sums<Shape>(d, exchange, tile.part);
-        if (is_scaled) {
-#pragma unroll
-            for (int i = 0; i < Shape::kFragment / Shape::kSplits; ++i) d[i] *= scale[i / 2 % 2];
-        }
-        float squares[2] = {};
-        stage_tile<T, Shape>(d, s, group, buffer, squares);
-        if (Shape::kSumsSquares && norm.squares.sums)
-            write_squares(norm, tile.row * Shape::kSplits + tile.part, first_token(tile, group), squares);
+        stage_tile<T, Shape>(d, s, group, buffer);
     }
 }
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(kThreads, 1)
-    gemm_kernel(const __grid_constant__ TensorMaps maps, Tiling tiling, Norm norm, float4* exchange) {
+    gemm_kernel(const __grid_constant__ TensorMaps maps, Tiling tiling, Exchange exchange) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ uint8_t shared_memory[];
     const auto s = Shared<Shape>::at((common::shared_address(shared_memory) + 1023) / 1024 * 1024);
-    const int rank = common::cluster_rank(), warp = common::uniform_warp();
-    // Asked for now, or the first copies would wait for their maps.
-    if (warp == kMathWarps && common::elect_one()) {
-        common::tma_prefetch_map(&maps.weight);
-        common::tma_prefetch_map(&maps.x);
-        if (Shape::kEpilogue == Epilogue::kResidual) common::tma_prefetch_map(&maps.residual);
-        common::tma_prefetch_map(&maps.out);
-    }
-    if (common::elect_one()) {  // each barrier is an instruction of some fifty cycles: every warp makes a few
-        for (int i = warp; i < Shape::kStages; i += kThreads / 32) {
+    const int rank = common::cluster_rank();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Shape::kStages; ++i) {
             common::mbarrier_init(s.full + 8 * i, 1);
             common::mbarrier_init(s.empty + 8 * i, kMathWarps * kCluster);  // each warp that reads it
         }
-        for (int i = warp; i < kMathGroups * Shape::kBuffers; i += kThreads / 32) {
+        for (int i = 0; i < kMathGroups * Shape::kBuffers; ++i) {
             common::mbarrier_init(s.ready + 8 * i, 1);
             common::mbarrier_init(s.staged + 8 * i, 128);
         }
         common::fence_barrier_init();
     }
-    __syncwarp();
     common::cluster_arrive();
     common::cluster_wait();
 
-    if (warp >= kMathWarps) {
+    if (threadIdx.x >= kMathGroups * 128) {
         lower_registers<kMoveRegisters>();
-        const int mover = warp - kMathWarps;
+        const int warp = threadIdx.x / 32 - kMathWarps;
         if (threadIdx.x % 32 == 0) {
-            if (mover == 0) load_tiles<Shape>(maps, tiling, s, rank);
-            if (mover == 1 || mover == 2) store_tiles<Shape>(maps, tiling, s, rank, mover - 1);
+            if (warp == 0) load_tiles<Shape>(maps, tiling, s, rank);
+            if (warp == 1 || warp == 2) store_tiles<Shape>(maps, tiling, s, rank, warp - 1);
         }
     } else {
         raise_registers<kMathRegisters>();
-        multiply_tiles<T, Shape>(tiling, norm, exchange, s, warp / 4);
+        multiply_tiles<T, Shape>(tiling, exchange, s, threadIdx.x / 128);
     }
     __syncwarp();
     common::cluster_arrive();

@@ -27,26 +27,12 @@ void check(const Gemm& g) {
     const struct {
         const char* name;
         const void* pointer;
-    } operands[] = {
-        {"x", g.x}, {"weight", g.weight}, {"out", g.out}, {"residual", g.residual}, {"squares", g.squares.sums}};
+    } operands[] = {{"x", g.x}, {"weight", g.weight}, {"out", g.out}, {"residual", g.residual}};
     for (const auto& operand : operands)
         require(reinterpret_cast<uintptr_t>(operand.pointer) % 16 == 0,
                 std::string(operand.name) + " must be 16-byte aligned");
     require((g.epilogue == Epilogue::kResidual) == (g.residual != nullptr),
             "a residual belongs to the epilogue that adds it, and to no other");
-}
-
-void check_squares(const Gemm& g, const Plan& plan, const Tiling& t) {
-    const std::string found = "there are " + std::to_string(g.squares.count) + " sums of squares a token; expected ";
-    if (!g.squares.sums) {
-        require(g.squares.count == 0, found + "0");
-    } else if (g.epilogue != Epilogue::kResidual) {
-        require(g.squares.count >= 1, found + "1 or more, of x");
-    } else {
-        require(sums_squares(g.epilogue, plan.splits), "squares of out are summed only where there are 2 parts");
-        const int count = t.tiles_rows * plan.splits;
-        require(g.squares.count == count, found + std::to_string(count) + ", of out");
-    }
 }
 
 // A row-major matrix, copied in boxes of `box_rows` by 64 columns (128 bytes, swizzled); zeros beyond its edges.
@@ -124,14 +110,16 @@ Tiling tiling_of(const Gemm& g, const Plan& plan) {
     return t;
 }
 
-// Where the parts of a tile leave sums for each other.
-float4* exchange_in(const Workspace& workspace, const Plan& plan, int parts) {
-    if (plan.splits == 1) return nullptr;
-    const int64_t needed = int64_t(parts) * exchange_bytes(plan.rows, plan.splits);
+Exchange exchange_in(const Workspace& workspace, const Plan& plan, int parts) {
+    if (plan.splits == 1) return {};
+    require(parts <= kMostClusters,
+            std::to_string(parts) + " parts of tiles; supported: " + std::to_string(kMostClusters) + " at most");
+    const int64_t needed = kCounterBytes + int64_t(parts) * exchange_bytes(plan.rows, plan.splits);
     require(workspace.data && reinterpret_cast<uintptr_t>(workspace.data) % 16 == 0 && workspace.bytes >= needed,
             "the workspace has " + std::to_string(workspace.bytes) + " bytes; expected " + std::to_string(needed) +
                 ", 16-byte aligned");
-    return static_cast<float4*>(workspace.data);
+    return {static_cast<unsigned*>(workspace.data),
+            reinterpret_cast<float4*>(static_cast<char*>(workspace.data) + kCounterBytes)};
 }
 
 // Parts wait for each other: one that had no place yet would keep the others waiting for ever.
@@ -155,7 +143,7 @@ TensorMaps maps_of(const Gemm& g, const Plan& plan, common::Dtype dtype) {
 }  // namespace
 
 int64_t workspace_bytes(int clusters) {
-    return int64_t(clusters) * exchange_bytes(256, 4);
+    return kCounterBytes + int64_t(clusters) * exchange_bytes(256, 4);
 }
 
 void launch(const Gemm& g, const Plan& plan, const Workspace& workspace, const Launch& how) {
@@ -164,14 +152,12 @@ void launch(const Gemm& g, const Plan& plan, const Workspace& workspace, const L
     require(kernel.function, "no kernel for this dtype and epilogue makes tiles of " + std::to_string(plan.rows) +
                                  " rows in " + std::to_string(plan.splits) + " parts; all have 256 in 1 part");
     Tiling tiling = tiling_of(g, plan);
-    check_squares(g, plan, tiling);
-    float4* exchange = exchange_in(workspace, plan, tiling.parts);
+    Exchange exchange = exchange_in(workspace, plan, tiling.parts);
     common::allow_shared_memory(kernel.function, kernel.shared_bytes);
     check_room(kernel, plan, tiling.parts);
     TensorMaps maps = maps_of(g, plan, how.dtype);
     const Config launch(std::min(common::multiprocessors() / kCluster, tiling.parts), kernel, how.stream);
-    Norm norm{g.squares, g.num_tokens, g.size, g.eps};
-    void* arguments[] = {&maps, &tiling, &norm, &exchange};
+    void* arguments[] = {&maps, &tiling, &exchange};
     CHECK_CUDA(cudaLaunchKernelExC(&launch.config, kernel.function, arguments));
 }
 

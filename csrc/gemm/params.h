@@ -21,11 +21,6 @@ constexpr int weight_boxes(int splits) {
     return splits > kCluster ? splits : kCluster;
 }
 
-// Whether a kernel can leave sums of the squares of what it writes: with four parts registers are too few.
-constexpr bool sums_squares(Epilogue epilogue, int splits) {
-    return epilogue == Epilogue::kResidual && splits == 2;
-}
-
 // What a kernel is compiled for, and how it shares out shared memory.
 template <Epilogue kEpilogue_, int kRows_, int kSplits_>
 struct Shape {
@@ -46,8 +41,6 @@ struct Shape {
     static_assert(kColumns >= kBoxColumns && kColumns % 16 == 0);
     static_assert(kEpilogue != Epilogue::kResidual || kColumns % kBoxColumns == 0, "its boxes must not overlap");
     static_assert(kEpilogue != Epilogue::kSwiglu || kSplits == 1);
-    static constexpr bool kSumsSquares = sums_squares(kEpilogue, kSplits);
-    static_assert(!kSumsSquares || kColumns == kBoxes * kBoxColumns);
     static_assert(8 * 2 * (kStages + kMathGroups * kBuffers) <= 256, "room for the barriers");
 };
 
@@ -61,14 +54,15 @@ struct Tiling {
     int parts;                     // of all tiles: what the clusters share out
 };
 
-// Of the norm before a product, or of the one behind it.
-struct Norm {
-    common::Squares squares;
-    int num_tokens, size;
-    float eps;
+// Where the parts of a tile leave sums for each other: a counter for each warp of each block, then the sums.
+struct Exchange {
+    unsigned* counters;
+    float4* sums;
 };
 
 constexpr int kMathWarps = kMathGroups * 4;
+constexpr int kMostClusters = 256;  // of a product in parts
+constexpr int kCounterBytes = kMostClusters * kCluster * kMathWarps * 4;
 
 // Of the sums that one cluster gets.
 constexpr int exchange_bytes(int rows, int splits) {

@@ -13,7 +13,7 @@ import torch
 from llama3.device import is_hopper
 from llama3.errors import UserError
 from llama3.ops.elementwise import DTYPES
-from llama3.ops.one_kernel import num_sms, squares_argument
+from llama3.ops.one_kernel import num_sms
 from llama3.ops.tensor_error import wrong_tensor
 
 PLAIN, RESIDUAL, SWIGLU = range(3)  # the numbers of gemm::Epilogue
@@ -39,8 +39,6 @@ PLANS: dict[int, tuple[Plan, ...]] = {
     RESIDUAL: (WHOLE, Plan(192), Plan(128), Plan(256, 2), Plan(128, 2), Plan(256, 4)),
     SWIGLU: (WHOLE, Plan(224)),
 }
-
-SQUARING = tuple(plan for plan in PLANS[RESIDUAL] if plan.splits == 2)  # that can leave squares of their result
 
 
 @functools.cache
@@ -125,43 +123,10 @@ def product(
     return _launch("product", PLAIN if residual is None else RESIDUAL, x, weight, out, residual, plan)
 
 
-def linear_add_squares(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, plan: Plan
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """residual [T, N] + x [T, K] times weight [N, K] -> [T, N], and sums of the squares of that, fp32 [P, T]. For
-    SQUARING plans only."""
-    op = "linear_add_squares"
-    _check_operands(op, x, weight, 8)
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    if residual.shape != out.shape:
-        raise wrong_tensor(op, "residual", residual, f"contiguous {x.dtype} {list(out.shape)}")
-    count = -(-weight.shape[0] // plan.rows) * plan.splits
-    squares = x.new_empty((count, x.shape[0]), dtype=torch.float32)
-    return _launch(op, RESIDUAL, x, weight, out, residual, plan, squares), squares
-
-
-def norm_product(
-    x: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor, eps: float, plan: Plan | None = None
-) -> torch.Tensor:
-    """RMSNorm of x [T, K], whose sums of squares are given, fp32 [P, T], then times weight [N, K] -> [T, N]."""
-    _check_operands("norm_product", x, weight, 8)
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    return _launch("norm_product", PLAIN, x, weight, out, None, plan, squares, eps)
-
-
 def swiglu(x: torch.Tensor, gate_up: torch.Tensor, plan: Plan | None = None) -> torch.Tensor:
     """silu(x gate) * (x up), x [T, K], gate_up [2 F, K] in groups of 8 gate rows and their 8 up rows -> [T, F]."""
     _check_operands("swiglu", x, gate_up, 16)
     return _launch("swiglu", SWIGLU, x, gate_up, x.new_empty(x.shape[0], gate_up.shape[0] // 2), None, plan)
-
-
-def norm_swiglu(
-    x: torch.Tensor, squares: torch.Tensor, gate_up: torch.Tensor, eps: float, plan: Plan | None = None
-) -> torch.Tensor:
-    """swiglu of the RMSNorm of x, as in norm_product."""
-    _check_operands("norm_swiglu", x, gate_up, 16)
-    out = x.new_empty(x.shape[0], gate_up.shape[0] // 2)
-    return _launch("norm_swiglu", SWIGLU, x, gate_up, out, None, plan, squares, eps)
 
 
 def _parts(plan: Plan, num_tokens: int, num_rows: int) -> int:
@@ -180,7 +145,7 @@ def _fits(plan: Plan, parts: int, size: int, clusters: int) -> bool:
 
 @functools.cache
 def _workspace(device: torch.device) -> torch.Tensor:
-    """Shared by all products in parts on a device: they run one after the other, each leaves it zeroed."""
+    """Shared by all products in parts on a device: they run one after the other, each leaves it fit for the next."""
     if torch.cuda.is_current_stream_capturing():  # an allocation now would belong to the graph
         raise UserError("a product in parts was captured before the first one ran: run one before")
     return torch.zeros(library().workspace_bytes(clusters_at_once(device)), dtype=torch.uint8, device=device)
@@ -203,8 +168,6 @@ def _launch(
     out: torch.Tensor,
     residual: torch.Tensor | None,
     plan: Plan | None,
-    squares: torch.Tensor | None = None,
-    eps: float = 0.0,
 ) -> torch.Tensor:
     for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
         if tensor is None:
@@ -220,8 +183,7 @@ def _launch(
     operands = (x.data_ptr(), weight.data_ptr(), 0 if residual is None else residual.data_ptr(), out.data_ptr())
     sizes = (x.shape[0], weight.shape[0], x.shape[1])
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    how = plan._asdict() | scratch | squares_argument(op, squares, x) | {"eps": eps}
-    library().gemm(*operands, *sizes, epilogue, DTYPES[x.dtype], stream=stream, **how)
+    library().gemm(*operands, *sizes, epilogue, DTYPES[x.dtype], stream=stream, **plan._asdict(), **scratch)
     return out
 
 

@@ -8,7 +8,6 @@ and a search takes longer than a prefill, so for them the first choice stands.
 import json
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,18 +24,16 @@ FIRST_REPEATS, REPEATS = 3, 9
 ROTATED_BYTES = 128 << 20  # more than any L2: weights come from memory in a decode step
 MAX_COPIES = 64
 MIN_RUNS = 8  # of a product in a graph
-OWN_VERSION = 3  # of our kernels: another one makes what was measured before obsolete
+OWN_VERSION = 2  # of our kernels: another one makes what was measured before obsolete
 OWN, APART = "csrc/gemm", "apart"  # how they are remembered
-SWIGLU = "SwiGLU"
 
 Algorithm = bytes | Plan  # cuBLASLt's, opaque, or our kernel's
 Way = Callable[[torch.Tensor], object]  # to run something with this weight
-PlannedWay = Callable[[Plan, torch.Tensor], object]
 
 _decode_batches: set[int] = set()
 _first: dict[Product, bytes] = {}
 _measured: dict[tuple[Product, bool, bool], Algorithm] = {}
-_fused: dict[tuple[Product, str], Plan | None] = {}
+_fused: dict[Product, Plan | None] = {}
 
 
 def expect_decode(batch_size: int) -> None:
@@ -80,39 +77,26 @@ def swiglu_plan(x: torch.Tensor, gate_up: torch.Tensor, apart: Way) -> Plan | No
     if not is_hopper(x.device) or x.dtype not in gemm.DTYPES or num_rows % 16 or size % 8:
         return None
     product = Product(num_tokens, num_rows, size, x.dtype, x.device)
-    if (product, SWIGLU) not in _fused and (num_tokens <= gemm.BLOCK_TOKENS or not _may_search(num_tokens)):
-        if not gemm.suits(x.device, num_tokens, num_rows, size):
-            return None
-        return gemm.default_plan(gemm.SWIGLU, x.dtype, num_tokens, num_rows, gemm.clusters_at_once(x.device))
-
-    def fused(plan: Plan, weight: torch.Tensor) -> torch.Tensor:
-        return gemm.swiglu(x, weight, plan)
-
-    return fused_plan(SWIGLU, x, gate_up, apart, fused, gemm.compiled(gemm.SWIGLU, x.dtype))
+    if product not in _fused:
+        if num_tokens <= gemm.BLOCK_TOKENS or not _may_search(num_tokens):
+            if not gemm.suits(x.device, num_tokens, num_rows, size):
+                return None
+            return gemm.default_plan(gemm.SWIGLU, x.dtype, num_tokens, num_rows, gemm.clusters_at_once(x.device))
+        _fused[product] = _fastest_swiglu(f"{_key(product)}, SwiGLU", x, gate_up, apart)
+    return _fused[product]
 
 
-def fused_plan(
-    kind: str, x: torch.Tensor, weight: torch.Tensor, apart: Way, fused: PlannedWay, plans: Sequence[Plan]
-) -> Plan | None:
-    """That of `plans` with which `fused`, our kernel with what surrounds the product, is the fastest, or None if
-    `apart` is, or no search may be made. `kind` names what is fused."""
-    num_rows, size = weight.shape
-    memo = Product(x.shape[0], num_rows, size, x.dtype, x.device), kind
-    if memo not in _fused:
-        if not plans or not _may_search(x.shape[0]):
-            return None
-        _fused[memo] = _fastest_plan(f"{_key(memo[0])}, {kind}", weight, apart, fused, plans)
-    return _fused[memo]
+def _fastest_swiglu(key: str, x: torch.Tensor, gate_up: torch.Tensor, apart: Way) -> Plan | None:
+    def fused(plan: Plan) -> Way:
+        return lambda weight: gemm.swiglu(x, weight, plan)
 
-
-def _fastest_plan(key: str, weight: torch.Tensor, apart: Way, fused: PlannedWay, plans: Sequence[Plan]) -> Plan | None:
-    named = {_name(plan): plan for plan in plans}
+    plans = {_name(plan): plan for plan in gemm.compiled(gemm.SWIGLU, x.dtype)}
     known = _read_cache().get(key, "")
-    if known != APART and known not in named:
-        ways: list[Way] = [apart, *(partial(fused, plan) for plan in plans)]
-        known = [APART, *named][fastest(ways, weight)]
+    if known != APART and known not in plans:
+        ways = {APART: apart} | {name: fused(plan) for name, plan in plans.items()}
+        known = list(ways)[fastest(list(ways.values()), gate_up)]
         _write_cache({**_read_cache(), key: known})
-    return named.get(known)
+    return plans.get(known)
 
 
 def _may_search(num_tokens: int) -> bool:

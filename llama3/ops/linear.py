@@ -11,7 +11,6 @@ import torch
 from llama3.errors import UserError
 from llama3.ops import batch_linear, elementwise, gemm, gemm_search, skinny_linear
 from llama3.ops.cublaslt import ALIGNMENT, Product
-from llama3.ops.gemm import Plan
 
 # From here on products alone are as fast in csrc/gemm/ as in cuBLASLt, or faster; SwiGLU, which saves a pass, sooner.
 LARGE_MIN_TOKENS = 4096
@@ -31,18 +30,7 @@ def norm_linear(
     """RMSNorm of x [T, K], then times weight [N, K] -> [T, N]. With `squares` of x the norm need not be a kernel."""
     if norm_weight is None and (one_kernel := _one_kernel(x, weight)):
         return one_kernel.norm_linear(x, weight, eps, squares)
-
-    def apart(weight: torch.Tensor) -> torch.Tensor:
-        return product(elementwise.rms_norm(x, norm_weight, eps), weight)
-
-    if norm_weight is not None or squares is None or not _is_plain(x, weight):
-        return apart(weight)
-
-    def fused(plan: Plan, weight: torch.Tensor) -> torch.Tensor:
-        return gemm.norm_product(x, squares, weight, eps, plan)
-
-    plan = gemm_search.fused_plan("norm", x, weight, apart, fused, gemm.plans_for(gemm.PLAIN, x, weight))
-    return apart(weight) if plan is None else fused(plan, weight)
+    return product(elementwise.rms_norm(x, norm_weight, eps), weight)
 
 
 def norm_swiglu(
@@ -55,10 +43,6 @@ def norm_swiglu(
     """RMSNorm of x [T, K], then silu(gate) * up of its product with gate_up [2 F, K] -> [T, F]."""
     if norm_weight is None and (one_kernel := _one_kernel(x, gate_up)):
         return one_kernel.norm_swiglu(x, gate_up, eps, squares)
-    if norm_weight is None and squares is not None and _is_plain(x, gate_up):
-        plan = _norm_swiglu_plan(x, squares, gate_up, eps)
-        if plan is not None:
-            return gemm.norm_swiglu(x, squares, gate_up, eps, plan)
     normed = elementwise.rms_norm(x, norm_weight, eps)
 
     def apart(weight: torch.Tensor) -> torch.Tensor:
@@ -66,16 +50,6 @@ def norm_swiglu(
 
     plan = gemm_search.swiglu_plan(normed, gate_up, apart) if gate_up.dim() == 2 else None
     return apart(gate_up) if plan is None else gemm.swiglu(normed, gate_up, plan)
-
-
-def _norm_swiglu_plan(x: torch.Tensor, squares: torch.Tensor, gate_up: torch.Tensor, eps: float) -> Plan | None:
-    def apart(weight: torch.Tensor) -> torch.Tensor:
-        return elementwise.silu_mul(product(elementwise.rms_norm(x, None, eps), weight))
-
-    def fused(plan: Plan, weight: torch.Tensor) -> torch.Tensor:
-        return gemm.norm_swiglu(x, squares, weight, eps, plan)
-
-    return gemm_search.fused_plan("norm, SwiGLU", x, gate_up, apart, fused, gemm.compiled(gemm.SWIGLU, x.dtype))
 
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -91,33 +65,17 @@ def linear_add_squares(
     """linear_add, and sums of the squares of its result, fp32 [P, T], where the norm that follows gains by them."""
     if one_kernel := _one_kernel(x, weight, residual):
         return one_kernel.linear_add_squares(x, weight, residual)
-
-    def apart(weight: torch.Tensor) -> torch.Tensor:
-        return elementwise.rms_norm(product(x, weight, residual), None, 0.0)
-
-    def fused(plan: Plan, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return gemm.linear_add_squares(x, weight, residual, plan)
-
-    if _is_plain(x, weight, residual):
-        plans = [plan for plan in gemm.plans_for(gemm.RESIDUAL, x, weight) if plan in gemm.SQUARING]
-        plan = gemm_search.fused_plan("squares", x, weight, apart, fused, plans)
-        if plan is not None:
-            return fused(plan, weight)
     return product(x, weight, residual), None
 
 
 def _one_kernel(*operands: torch.Tensor) -> ModuleType | None:
     """The family of kernels that runs a whole op on x, its weight and perhaps a residual, and is the fastest there."""
-    if not _is_plain(*operands):
+    # They read matrices, contiguous and aligned.
+    if not all(t.dim() == 2 and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in operands):
         return None
     x, weight = operands[:2]
     shape = (x.shape[0], *weight.shape, x.dtype, x.device)
     return next((family for family in ONE_KERNEL if family.pays(*shape)), None)
-
-
-def _is_plain(*operands: torch.Tensor) -> bool:
-    """Whether our kernels can read them: matrices, contiguous and aligned."""
-    return all(t.dim() == 2 and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in operands)
 
 
 def product(
