@@ -1,9 +1,11 @@
-"""Decode under sustained load: a step, and its ops by themselves, for seconds, with the clock and the power meanwhile.
+"""A model under sustained load: decode steps, their ops by themselves and prompts, for seconds, with the clock and the
+power meanwhile.
 
     python -m benchmarks.sustained --shape 8b --cases 64x128,256x192 --json results/sustained/h200.json
 
-A case is ROWSxCONTEXT. The median of a few replays flatters: a GPU runs at its highest clock until its power limit
-lowers it, and then what an op costs is energy as much as time. Random weights in the real shapes; without sampling.
+A case is ROWSxCONTEXT: a decode step of so many rows, or so many prompts of that length. The median of a few replays
+flatters: a GPU runs at its highest clock until its power limit lowers it, and then what an op costs is energy as much
+as time. Random weights in the real shapes; without sampling.
 """
 
 import argparse
@@ -24,10 +26,13 @@ from benchmarks.graph_timing import capture, replays_microseconds
 from benchmarks.json_file import write_json
 from benchmarks.text_table import markdown_table, number
 from llama3.errors import UserError
+from llama3.forward_batch import PrefillBatch
+from llama3.model import Transformer
 
 FIELDS = ("clocks.sm", "power.draw.instant")
 PERIOD_MS = 100
-REPLAYS = 20  # between looks at the clock on the wall
+REPLAYS = 20  # between looks at the clock on the wall, fewer if they would take longer than
+BETWEEN_US = 200_000
 
 
 class Sample(NamedTuple):
@@ -82,8 +87,10 @@ class GpuLog:
 
 
 def loads(step: Step, num_tokens: int, context: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """By name what is run, and how often the op in it: a step; of all layers attention, gate-up, down."""
+    """By name what is run, and how often the op in it: a step; of all layers attention, gate-up, down; prompts."""
     cached = cache, batch, rope = step.cached(num_tokens, context)
+    prompts = PrefillBatch.build(range(num_tokens), [context] * num_tokens, [0] * num_tokens, "cuda")
+    prompt_ids = torch.randint(step.config.vocab_size, (num_tokens * context,), device="cuda")
     config, layers, ops, eps = step.config, step.weights.layers, step.ops, step.config.rms_norm_eps
 
     def normal(size: int) -> torch.Tensor:
@@ -103,10 +110,12 @@ def loads(step: Step, num_tokens: int, context: int) -> dict[str, tuple[Callable
         for layer in layers:
             ops.linear_add(mid, layer.down, x)
 
+    def prefill() -> None:
+        Transformer(config, step.weights, ops, rope).prefill(prompt_ids, prompts, cache)
+
     of_layers = {"attention": attention, "gate-up": gate_up, "down": down}
-    return {"step": (step.decode_over(*cached), 1)} | {
-        name: (run, config.num_layers) for name, run in of_layers.items()
-    }
+    per_layer = {name: (run, config.num_layers) for name, run in of_layers.items()}
+    return {"step": (step.decode_over(*cached), 1), **per_layer, "prompts": (prefill, 1)}
 
 
 def measure(run: Callable[[], object], calls: int, log: GpuLog, seconds: float) -> dict[str, float | None]:
@@ -114,15 +123,17 @@ def measure(run: Callable[[], object], calls: int, log: GpuLog, seconds: float) 
     under load, after half as many."""
     time.sleep(0.5)
     graph = capture([run])
-    burst = statistics.median(replays_microseconds(graph, REPEATS))
+    (once,) = replays_microseconds(graph, 1)
+    burst = once if once > BETWEEN_US else statistics.median(replays_microseconds(graph, REPEATS))
+    between = max(1, min(REPLAYS, int(BETWEEN_US / burst)))
 
     def replay_for(duration: float) -> int:
         start, count = time.monotonic(), 0
         while time.monotonic() - start < duration:
-            for _ in range(REPLAYS):
+            for _ in range(between):
                 graph.replay()
             torch.cuda.synchronize()
-            count += REPLAYS
+            count += between
         return count
 
     replay_for(seconds / 2)
