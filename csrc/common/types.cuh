@@ -7,6 +7,8 @@
 
 namespace common {
 
+constexpr int kChunk = 8;  // elements in 16 bytes
+
 enum class Dtype : int { kBFloat16 = 0, kFloat16 = 1 };
 
 template <typename T>

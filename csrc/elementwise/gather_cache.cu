@@ -1,8 +1,8 @@
 // Cached keys and values of several sequences, packed end to end: what library attention kernels read when a prompt
 // continues behind tokens that are cached already. A block is one token; its threads copy all its heads.
 #include "common/launch.h"
-#include "elementwise/chunk.cuh"
 #include "elementwise/launch.h"
+#include "elementwise/require.h"
 
 namespace elementwise {
 

@@ -8,7 +8,7 @@
 
 namespace elementwise {
 
-constexpr int kChunk = 8;       // elements in 16 bytes
+using common::kChunk;
 constexpr int kBlockSize = 64;  // tokens in a block of the KV cache
 
 struct Launch {

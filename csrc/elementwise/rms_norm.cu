@@ -1,9 +1,10 @@
 // RMSNorm in one pass: a block is one row, which stays in registers between the sum of squares and the scaling. Or the
 // sum alone, for products that scale theirs (csrc/batch_linear/, csrc/gemm/).
 #include "common/async.cuh"
+#include "common/chunk.cuh"
 #include "common/launch.h"
-#include "elementwise/chunk.cuh"
 #include "elementwise/launch.h"
+#include "elementwise/require.h"
 
 namespace elementwise {
 
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNorm p) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
         float values[8];
-        to_floats<T>(row[i], values);
+        common::to_floats<T>(row[i], values);
 #pragma unroll
         for (float value : values) squares += value * value;
     }
@@ -62,8 +63,8 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNorm p) {
     for (int i = 0; i < kChunks; ++i) {
         const int at = threadIdx.x + i * blockDim.x;
         float values[8], factors[8];
-        to_floats<T>(row[i], values);
-        to_floats<T>(scale[i], factors);
+        common::to_floats<T>(row[i], values);
+        common::to_floats<T>(scale[i], factors);
         // The Llama reference rounds the normed value before it multiplies by the weight.
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNorm p) {
             values[j] = weight ? rounded.x * factors[j] : rounded.x;
             values[j + 1] = weight ? rounded.y * factors[j + 1] : rounded.y;
         }
-        if (at < chunks) out[at] = from_floats<T>(values);
+        if (at < chunks) out[at] = common::from_floats<T>(values);
     }
 }
 

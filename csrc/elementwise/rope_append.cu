@@ -2,9 +2,10 @@
 // layout: element i turns with element i + head_dim / 2), k and v stored in their blocks. A block is one token; a
 // thread keeps one chunk of cosines and sines and walks over the heads with it.
 #include "common/async.cuh"
+#include "common/chunk.cuh"
 #include "common/launch.h"
-#include "elementwise/chunk.cuh"
 #include "elementwise/launch.h"
+#include "elementwise/require.h"
 
 namespace elementwise {
 
@@ -21,13 +22,7 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppend p) {
     const int64_t position = p.positions[token], slot = p.slots[token];
     const bool active = position >= 0;
 
-    float cosine[8], sine[8];
-    const int64_t table = (active ? position : 0) * (kHeadDim / 2) + pair * kChunk;
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-        *reinterpret_cast<float4*>(cosine + i) = __ldg(reinterpret_cast<const float4*>(p.cos + table + i));
-        *reinterpret_cast<float4*>(sine + i) = __ldg(reinterpret_cast<const float4*>(p.sin + table + i));
-    }
+    const common::Angles angles(p.cos, p.sin, (active ? position : 0) * (kHeadDim / 2) + pair * kChunk);
     const int rotated_heads = p.num_heads + p.num_kv_heads, all_heads = rotated_heads + p.num_kv_heads;
     const uint4* qkv = static_cast<const uint4*>(p.qkv) + int64_t(token) * all_heads * kHeadChunks;
     uint4* rotated = static_cast<uint4*>(p.rotated) + int64_t(token) * rotated_heads * kHeadChunks;
@@ -39,15 +34,7 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppend p) {
     for (int head = threadIdx.x / kHalf; head < all_heads; head += kThreads / kHalf) {
         uint4 low = qkv[head * kHeadChunks + pair], high = qkv[head * kHeadChunks + pair + kHalf];
         if (head < rotated_heads) {
-            float a[8], b[8], turned_a[8], turned_b[8];
-            to_floats<T>(low, a);
-            to_floats<T>(high, b);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                turned_a[i] = a[i] * cosine[i] - b[i] * sine[i];
-                turned_b[i] = b[i] * cosine[i] + a[i] * sine[i];
-            }
-            low = from_floats<T>(turned_a), high = from_floats<T>(turned_b);
+            common::rotate<T>(low, high, angles);
             rotated[head * kHeadChunks + pair] = low, rotated[head * kHeadChunks + pair + kHalf] = high;
         }
         if (head >= p.num_heads && active) {

@@ -1,9 +1,10 @@
 // silu(gate) * up over the packed gate-up projection. A thread makes one 16-byte chunk of output from 8 gates and the 8
 // ups that lie right behind them.
 #include "common/async.cuh"
+#include "common/chunk.cuh"
 #include "common/launch.h"
-#include "elementwise/chunk.cuh"
 #include "elementwise/launch.h"
+#include "elementwise/require.h"
 
 namespace elementwise {
 
@@ -27,11 +28,11 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(const uint4* gate_up
         const int64_t at = first + i * kThreads;
         if (at >= groups) break;
         float g[8], u[8];
-        to_floats<T>(gate[i], g);
-        to_floats<T>(up[i], u);
+        common::to_floats<T>(gate[i], g);
+        common::to_floats<T>(up[i], u);
 #pragma unroll
         for (int j = 0; j < 8; ++j) u[j] *= __fdividef(g[j], 1 + __expf(-g[j]));
-        out[at] = from_floats<T>(u);
+        out[at] = common::from_floats<T>(u);
     }
 }
 

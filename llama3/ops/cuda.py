@@ -7,7 +7,7 @@ from llama3.config import ModelConfig
 from llama3.decode_state import DecodeState
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache, LayerCache
-from llama3.ops import elementwise, gemm_search, linear, prefill_attention, sampling
+from llama3.ops import elementwise, gemm_search, linear, prefill_attention, sampling, short_prefill
 from llama3.ops.decode_attn import MAX_GROUP, rope_append_decode
 from llama3.ops.decode_step import DecodeStep
 from llama3.ops.prefill_attention import PrefillPlan
@@ -15,7 +15,16 @@ from llama3.rope import RopeTable
 from llama3.sampling import SamplingTensors
 from llama3.weights import ModelWeights
 
-FAMILIES = ("elementwise", "gemm", "skinny_linear", "batch_linear", "decode_attn", "sampling", "decode_step")
+FAMILIES = (
+    "elementwise",
+    "gemm",
+    "skinny_linear",
+    "batch_linear",
+    "decode_attn",
+    "short_prefill",
+    "sampling",
+    "decode_step",
+)
 
 
 class CudaOps:
@@ -28,8 +37,8 @@ class CudaOps:
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.overlap = elementwise.can_overlap(device)
         self.description = (
-            "split-KV decode attention, products of a decode step, cuBLASLt, cuDNN and FlashAttention, "
-            "fused elementwise and sampling"
+            "split-KV decode attention, attention of short prompts, products of a decode step, cuBLASLt, cuDNN and "
+            "FlashAttention, fused elementwise and sampling"
         )
         self._plan: PrefillPlan | None = None
 
@@ -83,6 +92,8 @@ class CudaOps:
             )
         if self._plan is None or self._plan.batch is not batch:  # one a forward pass: its layers share it
             self._plan = PrefillPlan.of(batch)
+        if short_prefill.takes(self._plan):
+            return short_prefill.rope_append_attend(qkv, rope, cache, self._plan)
         num_kv_heads, head_dim = cache.k.shape[1], cache.k.shape[3]
         rotated = elementwise.rope_append(qkv, rope, cache, batch.slots, batch.positions)
         q, k = rotated[:, :-num_kv_heads], rotated[:, -num_kv_heads:]

@@ -1,0 +1,17 @@
+// The checks that accesses of 16 bytes need.
+#pragma once
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace elementwise {
+
+inline void require(bool holds, const std::string& message) {
+    if (!holds) throw std::invalid_argument(message);
+}
+
+inline void require_aligned(const void* pointer, const char* name) {
+    require(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, std::string(name) + " must be 16-byte aligned");
+}
+
+}  // namespace elementwise
