@@ -230,6 +230,14 @@ def test_prefill_of_short_prompts(
 
 
 @pytest.mark.parametrize("head_dim", (64, 128))
+def test_padding_beyond_the_last_position(ops, head_dim: int) -> None:
+    """As in a captured call, which is larger than its only prompt, and perhaps than any that the cache has room for."""
+    batch = PrefillBatch.build([0], [128], [0], "cuda")
+    batch.positions[100:] = -1
+    run_attention(ops, [batch], (8, 2), head_dim, torch.bfloat16, max_len=100, num_padding=28)
+
+
+@pytest.mark.parametrize("head_dim", (64, 128))
 @pytest.mark.parametrize("heads", HEADS)
 def test_prefill_in_chunks(ops, heads: tuple[int, int], head_dim: int) -> None:
     """Prompts continue behind what is cached: together, alone, and beside prompts that only begin."""

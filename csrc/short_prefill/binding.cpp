@@ -23,16 +23,16 @@ PYBIND11_MODULE(short_prefill, module) {
     module.def(
         "rope_append_attend",
         [](uintptr_t qkv, uintptr_t cos, uintptr_t sin, uintptr_t slots, uintptr_t positions, uintptr_t starts,
-           uintptr_t out, uintptr_t k_cache, uintptr_t v_cache, int num_seqs, int max_tokens, int num_heads,
-           int num_kv_heads, int head_dim, int blocks_per_slot, int block_heads, int dtype, bool overlap,
+           uintptr_t out, uintptr_t k_cache, uintptr_t v_cache, int num_seqs, int max_tokens, int num_positions,
+           int num_heads, int num_kv_heads, int head_dim, int blocks_per_slot, int block_heads, int dtype, bool overlap,
            uintptr_t stream) {
             launch({pointer(qkv), pointer<float>(cos), pointer<float>(sin), pointer<int64_t>(slots),
                     pointer<int64_t>(positions), pointer<int>(starts), pointer(out), pointer(k_cache), pointer(v_cache),
-                    num_seqs, max_tokens, num_heads, num_kv_heads, blocks_per_slot, block_heads},
+                    num_seqs, max_tokens, num_positions, num_heads, num_kv_heads, blocks_per_slot, block_heads},
                    {static_cast<common::Dtype>(dtype), head_dim, overlap,
                     pointer<std::remove_pointer_t<cudaStream_t>>(stream)});
         },
         "qkv"_a, "cos"_a, "sin"_a, "slots"_a, "positions"_a, "starts"_a, "out"_a, "k_cache"_a, "v_cache"_a,
-        "num_seqs"_a, "max_tokens"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "blocks_per_slot"_a,
-        "block_heads"_a, "dtype"_a, "overlap"_a, "stream"_a);
+        "num_seqs"_a, "max_tokens"_a, "num_positions"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+        "blocks_per_slot"_a, "block_heads"_a, "dtype"_a, "overlap"_a, "stream"_a);
 }

@@ -65,6 +65,12 @@ __device__ __forceinline__ Place place_of(const Params& p) {
             share == 0};
 }
 
+// Where in the tables the angles of a token's chunk are. Padding may reach beyond the last position that there is.
+template <int kHeadDim>
+__device__ __forceinline__ int angles_at(const Params& p, int token, int chunk) {
+    return min(token, p.num_positions - 1) * (kHeadDim / 2) + chunk * common::kChunk;
+}
+
 // The prompt's keys and values: from the projection to shared memory, and to the cache.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void bring_keys(const Params& p, const Place& place, const Rows<kHeadDim>& keys,
@@ -84,7 +90,7 @@ __device__ __forceinline__ void bring_keys(const Params& p, const Place& place, 
             const int64_t from = int64_t(row) * heads * kChunks;
             k_low = k[from], k_high = k[from + kPairs], v_low = v[from], v_high = v[from + kPairs];
             const bool stored = place.stores && p.positions[place.first + row] >= 0;
-            common::rotate<T>(k_low, k_high, {p.cos, p.sin, row * (kHeadDim / 2) + pair * common::kChunk});
+            common::rotate<T>(k_low, k_high, {p.cos, p.sin, angles_at<kHeadDim>(p, row, pair)});
             if (stored) {
                 const int64_t block = slot * p.blocks_per_slot + row / kBlockSize;
                 const int64_t to =
@@ -136,7 +142,7 @@ __device__ __forceinline__ void rotate_queries(Queries<kHeadDim>& q, const Param
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = min(tile * kTile + lane / 4 + 8 * h, place.tokens - 1);
-        const int table = row * (kHeadDim / 2) + lane % 4 * common::kChunk;
+        const int table = angles_at<kHeadDim>(p, row, lane % 4);
 #pragma unroll
         for (int m = 0; m < kHalf; ++m) common::rotate<T>(q.q[m][h], q.q[m + kHalf][h], {p.cos, p.sin, table + 32 * m});
     }

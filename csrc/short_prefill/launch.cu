@@ -19,6 +19,7 @@ void check(const Params& p, const Launch& how) {
     require(p.num_seqs >= 1, "there are no prompts");
     require(p.max_tokens >= 1 && p.max_tokens <= kMaxTokens,
             "max_tokens is " + std::to_string(p.max_tokens) + "; supported: 1 to " + std::to_string(kMaxTokens));
+    require(p.num_positions >= 1, "the tables have no positions");
     require(p.num_kv_heads >= 1 && p.num_heads >= 1 && p.num_heads % p.num_kv_heads == 0,
             "num_heads must be a multiple of num_kv_heads");
     require(p.block_heads >= 1 && p.blocks_per_slot >= 1, "block_heads and blocks_per_slot must be at least 1");

@@ -17,11 +17,11 @@ constexpr int kBlockSize = 64;   // tokens in a block of the KV cache
 // with negative positions[t] are stored nowhere.
 struct Params {
     const void* qkv;
-    const float *cos, *sin;  // [positions, head_dim / 2]
+    const float *cos, *sin;  // [num_positions, head_dim / 2]; tokens beyond turn like the last one, but are padding
     const int64_t *slots, *positions;
     const int* starts;              // [num_seqs + 1]
     void *out, *k_cache, *v_cache;  // caches [num_blocks, num_kv_heads, 64, head_dim], contiguous
-    int num_seqs, max_tokens, num_heads, num_kv_heads, blocks_per_slot;
+    int num_seqs, max_tokens, num_positions, num_heads, num_kv_heads, blocks_per_slot;
     int block_heads;  // query heads that one thread block takes, of those that share a kv head
 };
 

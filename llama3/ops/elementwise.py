@@ -11,7 +11,7 @@ import torch
 
 from llama3.errors import UserError
 from llama3.kv_cache import BLOCK_SIZE, LayerCache
-from llama3.ops.tensor_error import wrong_tensor
+from llama3.ops.tensor_error import check_tensors, wrong_tensor
 from llama3.rope import RopeTable
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # the numbers of common::Dtype
@@ -69,14 +69,8 @@ def rope_append(
     qkv [T, (Hq + 2 Hkv) D], all q heads, then all k heads, then all v heads; slots and positions int64 [T]. Returns the
     rotated q and k heads, [T, Hq + Hkv, D]. A token of negative position is stored nowhere.
     """
+    num_tokens, num_heads = check_projection("rope_append", qkv, rope, cache, slots, positions)
     num_kv_heads, head_dim = cache.k.shape[1], cache.k.shape[3]
-    if qkv.dim() != 2 or qkv.shape[1] % head_dim or qkv.shape[1] // head_dim <= 2 * num_kv_heads:
-        raise wrong_tensor("rope_append", "qkv", qkv, f"[T, (Hq + 2 * {num_kv_heads}) * {head_dim}]")
-    num_tokens, num_heads = qkv.shape[0], qkv.shape[1] // head_dim - 2 * num_kv_heads
-    table = (rope.cos.shape[0], head_dim // 2)
-    _check("rope_append", qkv, qkv=(qkv, tuple(qkv.shape)), **_cache_shapes(cache))
-    _check_typed("rope_append", qkv, torch.float32, cos=(rope.cos, table), sin=(rope.sin, table))
-    _check_typed("rope_append", qkv, torch.int64, slots=(slots, (num_tokens,)), positions=(positions, (num_tokens,)))
     rotated = qkv.new_empty(num_tokens, num_heads + num_kv_heads, head_dim)
     pointers = (t.data_ptr() for t in (qkv, rope.cos, rope.sin, slots, positions, rotated, cache.k, cache.v))
     sizes = (num_tokens, num_heads, num_kv_heads, head_dim, cache.blocks_per_slot)
@@ -94,7 +88,7 @@ def gather_cache(
     num_kv_heads, head_dim = cache.k.shape[1], cache.k.shape[3]
     _check("gather_cache", cache.k, **_cache_shapes(cache))
     sequences = {"slots": (slots, (slots.numel(),)), "starts": (starts, (slots.numel() + 1,))}
-    _check_typed("gather_cache", cache.k, torch.int32, **sequences)
+    check_tensors("gather_cache", cache.k.device, torch.int32, **sequences)
     k, v = cache.k.new_empty(2, num_tokens, num_kv_heads, head_dim).unbind()
     pointers = (t.data_ptr() for t in (cache.k, cache.v, slots, starts, k, v))
     sizes = (slots.numel(), num_tokens, num_kv_heads, head_dim, cache.blocks_per_slot)
@@ -112,6 +106,20 @@ def _launch(tensor: torch.Tensor) -> tuple[bool, int]:
     return can_overlap(tensor.device), torch.cuda.current_stream(tensor.device).cuda_stream
 
 
+def check_projection(
+    op: str, qkv: torch.Tensor, rope: RopeTable, cache: LayerCache, slots: torch.Tensor, positions: torch.Tensor
+) -> tuple[int, int]:
+    """T and Hq of a packed projection of prompts; UserError if it or what goes with it are not as in rope_append."""
+    num_kv_heads, head_dim = cache.k.shape[1], cache.k.shape[3]
+    if qkv.dim() != 2 or qkv.shape[1] % head_dim or qkv.shape[1] // head_dim <= 2 * num_kv_heads:
+        raise wrong_tensor(op, "qkv", qkv, f"[T, (Hq + 2 * {num_kv_heads}) * {head_dim}]")
+    num_tokens, table = qkv.shape[0], (rope.cos.shape[0], head_dim // 2)
+    _check(op, qkv, qkv=(qkv, tuple(qkv.shape)), **_cache_shapes(cache))
+    check_tensors(op, qkv.device, torch.float32, cos=(rope.cos, table), sin=(rope.sin, table))
+    check_tensors(op, qkv.device, torch.int64, slots=(slots, (num_tokens,)), positions=(positions, (num_tokens,)))
+    return num_tokens, qkv.shape[1] // head_dim - 2 * num_kv_heads
+
+
 def _cache_shapes(cache: LayerCache) -> dict[str, tuple[torch.Tensor, tuple[int, ...]]]:
     shape = (cache.k.shape[0], cache.k.shape[1], BLOCK_SIZE, cache.k.shape[3])
     return {"k_cache": (cache.k, shape), "v_cache": (cache.v, shape)}
@@ -120,15 +128,4 @@ def _cache_shapes(cache: LayerCache) -> dict[str, tuple[torch.Tensor, tuple[int,
 def _check(op: str, reference: torch.Tensor, **expected: tuple[torch.Tensor, tuple[int, ...]]) -> None:
     if reference.dtype not in DTYPES:
         raise UserError(f"{op}: the kernels compute in bfloat16 or float16, not in {reference.dtype}")
-    _check_typed(op, reference, reference.dtype, **expected)
-
-
-def _check_typed(
-    op: str, reference: torch.Tensor, dtype: torch.dtype, **expected: tuple[torch.Tensor, tuple[int, ...]]
-) -> None:
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise wrong_tensor(op, name, tensor, f"contiguous {dtype} {list(shape)}")
-    for name, (tensor, _) in expected.items():
-        if not tensor.is_cuda or tensor.device != reference.device:
-            raise UserError(f"{op}: {name} is on {tensor.device}; expected a CUDA device, the same for every tensor")
+    check_tensors(op, reference.device, reference.dtype, **expected)

@@ -7,11 +7,11 @@ from types import ModuleType
 import torch
 
 from llama3.errors import UserError
-from llama3.kv_cache import BLOCK_SIZE, LayerCache
-from llama3.ops.elementwise import DTYPES, can_overlap
+from llama3.kv_cache import LayerCache
+from llama3.ops import elementwise
 from llama3.ops.one_kernel import num_sms
 from llama3.ops.prefill_attention import PrefillPlan
-from llama3.ops.tensor_error import wrong_tensor
+from llama3.ops.tensor_error import check_tensors
 from llama3.rope import RopeTable
 
 MAX_TOKENS = 128  # of a prompt: its keys and values lie in shared memory
@@ -43,46 +43,31 @@ def rope_append_attend(qkv: torch.Tensor, rope: RopeTable, cache: LayerCache, pl
     qkv [T, (Hq + 2 Hkv) D], all q heads, then all k heads, then all v heads -> [T, Hq D]. `takes(plan)` must hold.
     Raises UserError naming the tensor and the shape expected.
     """
-    batch, num_kv_heads, head_dim = plan.batch, cache.k.shape[1], cache.k.shape[3]
     if not takes(plan):
-        raise UserError(f"short_prefill: prompts have up to {plan.max_keys} tokens; expected new ones of {MAX_TOKENS}")
-    if qkv.dim() != 2 or qkv.shape[1] % head_dim or qkv.shape[1] // head_dim <= 2 * num_kv_heads:
-        raise wrong_tensor("short_prefill", "qkv", qkv, f"[T, (Hq + 2 * {num_kv_heads}) * {head_dim}]")
-    num_tokens, num_heads = qkv.shape[0], qkv.shape[1] // head_dim - 2 * num_kv_heads
+        raise UserError(
+            f"short_prefill: prompts have up to {plan.max_keys} tokens, {plan.max_queries} of them new;"
+            f" expected new ones alone, up to {MAX_TOKENS}"
+        )
+    batch, num_kv_heads, head_dim = plan.batch, cache.k.shape[1], cache.k.shape[3]
+    num_tokens, num_heads = elementwise.check_projection(
+        "short_prefill", qkv, rope, cache, batch.slots, batch.positions
+    )
     num_seqs = batch.seq_starts.numel() - 1
-    cache_shape = (cache.k.shape[0], num_kv_heads, BLOCK_SIZE, head_dim)
-    table = (rope.cos.shape[0], head_dim // 2)
-    if qkv.dtype not in DTYPES:
-        raise UserError(f"short_prefill: the kernel computes in bfloat16 or float16, not in {qkv.dtype}")
-    for name, tensor, dtype, shape in (
-        ("qkv", qkv, qkv.dtype, tuple(qkv.shape)),
-        ("k_cache", cache.k, qkv.dtype, cache_shape),
-        ("v_cache", cache.v, qkv.dtype, cache_shape),
-        ("cos", rope.cos, torch.float32, table),
-        ("sin", rope.sin, torch.float32, table),
-        ("slots", batch.slots, torch.int64, (num_tokens,)),
-        ("positions", batch.positions, torch.int64, (num_tokens,)),
-        ("seq_starts", batch.seq_starts, torch.int32, (num_seqs + 1,)),
-    ):
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise wrong_tensor("short_prefill", name, tensor, f"contiguous {dtype} {list(shape)}")
-        if not tensor.is_cuda or tensor.device != qkv.device:
-            raise UserError(
-                f"short_prefill: {name} is on {tensor.device}; expected a CUDA device, the same for every tensor"
-            )
+    check_tensors("short_prefill", qkv.device, torch.int32, seq_starts=(batch.seq_starts, (num_seqs + 1,)))
     out = qkv.new_empty(num_tokens, num_heads * head_dim)
     operands = (qkv, rope.cos, rope.sin, batch.slots, batch.positions, batch.seq_starts, out, cache.k, cache.v)
     library().rope_append_attend(
         *(tensor.data_ptr() for tensor in operands),
         num_seqs=num_seqs,
         max_tokens=plan.max_queries,
+        num_positions=rope.cos.shape[0],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         blocks_per_slot=cache.blocks_per_slot,
         block_heads=block_heads(num_seqs, num_heads, num_kv_heads, num_sms(qkv.device)),
-        dtype=DTYPES[qkv.dtype],
-        overlap=can_overlap(qkv.device),
+        dtype=elementwise.DTYPES[qkv.dtype],
+        overlap=elementwise.can_overlap(qkv.device),
         stream=torch.cuda.current_stream(qkv.device).cuda_stream,
     )
     return out
