@@ -37,7 +37,7 @@ ROTATED_BYTES = 600 << 20  # of weights, more than three times an L2
 MAX_LAYERS = 16
 REPETITIONS = 7
 MAX_DECODE_TOKENS = 1024  # more are taken for a prefill, of prompts this long:
-PROMPT_LEN = 2048
+PROMPT_LENS = (2048, 128)
 Row = dict[str, Any]
 
 
@@ -75,17 +75,18 @@ def measure_products(ops: CudaOps, config: ModelConfig, num_tokens: int) -> list
     return rows
 
 
-def measure_prefill_attention(ops: CudaOps, config: ModelConfig, num_tokens: int) -> Row:
-    """Rotation, appending and attention of prompts of PROMPT_LEN tokens."""
-    num_seqs = num_tokens // PROMPT_LEN
-    cache = KVCache(config, num_seqs, PROMPT_LEN, DTYPE, "cuda").layer(0)
-    rope = RopeTable.build(config, PROMPT_LEN, "cuda")
-    batch = PrefillBatch.build(range(num_seqs), [PROMPT_LEN] * num_seqs, [0] * num_seqs, "cuda")
-    qkv = torch.randn(num_seqs * PROMPT_LEN, config.qkv_size, device="cuda").to(DTYPE)
+def measure_prefill_attention(ops: CudaOps, config: ModelConfig, num_tokens: int, prompt_len: int) -> Row:
+    """Rotation, appending and attention of prompts of `prompt_len` tokens."""
+    num_seqs = num_tokens // prompt_len
+    cache = KVCache(config, num_seqs, prompt_len, DTYPE, "cuda").layer(0)
+    rope = RopeTable.build(config, prompt_len, "cuda")
+    batch = PrefillBatch.build(range(num_seqs), [prompt_len] * num_seqs, [0] * num_seqs, "cuda")
+    qkv = torch.randn(num_seqs * prompt_len, config.qkv_size, device="cuda").to(DTYPE)
     us = measure(lambda i: ops.rope_append_attend(qkv, rope, cache, batch), 3)
-    flops = 2 * num_seqs * PROMPT_LEN**2 * config.q_size  # two products, half of each below the diagonal
-    moved = num_seqs * PROMPT_LEN * (config.qkv_size + config.q_size + 2 * config.kv_size) * DTYPE.itemsize
-    return {"op": "attention", "tokens": num_seqs * PROMPT_LEN, "us": us, "bytes": moved, "flops": flops}
+    flops = 2 * num_seqs * prompt_len**2 * config.q_size  # two products, half of each below the diagonal
+    moved = num_seqs * prompt_len * (config.qkv_size + config.q_size + 2 * config.kv_size) * DTYPE.itemsize
+    op = f"attention, {prompt_len} a prompt"
+    return {"op": op, "tokens": num_seqs * prompt_len, "us": us, "bytes": moved, "flops": flops}
 
 
 def floor_us(row: Row, results: dict[str, Any]) -> float:
@@ -118,7 +119,8 @@ def run(shapes: list[str], token_counts: list[int]) -> dict[str, Any]:
             if not is_prefill:
                 gemm_search.expect_decode(num_tokens)
             rows = measure_products(ops, config, num_tokens)
-            rows += [measure_prefill_attention(ops, config, num_tokens)] if is_prefill else []
+            if is_prefill:
+                rows += [measure_prefill_attention(ops, config, num_tokens, length) for length in PROMPT_LENS]
             results["rows"] += [{"model": shape, **row} for row in rows]
     return results
 
