@@ -5,6 +5,7 @@
 #include <string>
 
 #include "common/launch.h"
+#include "common/require.h"
 #include "common/tensor_map.h"
 
 namespace batch_linear {
@@ -14,9 +15,7 @@ Kernel kernel_for(int tokens, int tile_rows);
 
 namespace {
 
-void require(bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-}
+using common::require, common::require_aligned;
 
 int divide_up(int a, int b) {
     return (a + b - 1) / b;
@@ -55,9 +54,7 @@ void check(const Problem& q, const Squares& squares, const Plan& plan) {
         const void* pointer;
     } operands[] = {
         {"x", q.x}, {"weight", q.weight}, {"out", q.out}, {"residual", q.residual}, {"squares", squares.sums}};
-    for (const auto& operand : operands)
-        require(reinterpret_cast<uintptr_t>(operand.pointer) % 16 == 0,
-                std::string(operand.name) + " must be 16-byte aligned");
+    for (const auto& operand : operands) require_aligned(operand.pointer, operand.name);
 }
 
 // A row-major bf16 matrix, copied in boxes of `box_rows` by 64 columns; zeros beyond its edges.

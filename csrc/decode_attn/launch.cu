@@ -1,6 +1,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/require.h"
 #include "common/tensor_map.h"
 #include "decode_attn/ladder.h"
 #include "decode_attn/launch.h"
@@ -13,9 +14,7 @@ const void* kernel_for(Loader loader, bool fused);
 
 namespace {
 
-void require(bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-}
+using common::require;
 
 void check(const Params& p, const Launch& how) {
     require(how.head_dim == 64 || how.head_dim == 128,

@@ -4,14 +4,11 @@
 // A state stands for a set of tokens: `max` is their largest score, `sum` = sum of 2^(score - max). The weighted values
 // that belong to it are kept beside it and scaled by the same factors. The empty set is (-inf, 0).
 #pragma once
+#include "common/exp2.cuh"
 
 namespace decode_attn {
 
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
+using common::exp2_fast;
 
 struct SoftmaxState {
     float max, sum;

@@ -6,6 +6,7 @@
 // what bf16 leaves over of them, so that they count with 16 bits of mantissa; a lane adds the two rows' products.
 // Lane 4 g + t holds head g.
 #pragma once
+#include "common/exp2.cuh"
 #include "decode_step/gemv.cuh"
 
 namespace decode_step {
@@ -14,12 +15,6 @@ namespace decode_step {
 constexpr int kOutPadding = 16;  // floats: heads fall into different banks
 __host__ __device__ constexpr int attention_scratch_bytes(int head_dim, int group) {
     return align_up(kMathWarps * group * ((head_dim + kOutPadding) * 4 + 8));
-}
-
-__device__ __forceinline__ float fast_exp2(float x) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
 }
 
 template <int D>
@@ -135,7 +130,7 @@ struct Attention {
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
         if (__any_sync(0xffffffffu, largest > maximum)) {
-            const float factor = fast_exp2(maximum - largest);
+            const float factor = common::exp2_fast(maximum - largest);
             maximum = largest;
             sum *= factor;
 #pragma unroll
@@ -149,7 +144,8 @@ struct Attention {
             uint32_t weight[4];
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                const float first = fast_exp2(score[i + n][0] - maximum), second = fast_exp2(score[i + n][1] - maximum);
+                const float first = common::exp2_fast(score[i + n][0] - maximum),
+                            second = common::exp2_fast(score[i + n][1] - maximum);
                 sum += first + second;
                 split(first, second, weight[2 * n], weight[2 * n + 1]);
             }
@@ -263,7 +259,7 @@ __device__ __forceinline__ void merge_warps(const Params& p, const AttentionWork
         }
 #pragma unroll
         for (int w = 0; w < kMathWarps; ++w) {
-            const float factor = fast_exp2(state[w].x - maximum);
+            const float factor = common::exp2_fast(state[w].x - maximum);
             sum = fmaf(factor, state[w].y, sum);
             out = fmaf(factor, part[w], out);
         }
@@ -321,7 +317,7 @@ __device__ __forceinline__ void merge_splits(const Params& p, const AttentionWor
         for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
 #pragma unroll
         for (int r = 0; r < kRequests; ++r) {
-            const float factor = fast_exp2(value(state[r].x) - largest);
+            const float factor = common::exp2_fast(value(state[r].x) - largest);
             sum = fmaf(factor, value(state[r].y), sum);
             first = fmaf(factor, value(out[r].x), first);
             second = fmaf(factor, value(out[r].y), second);

@@ -1,8 +1,8 @@
 // Cached keys and values of several sequences, packed end to end: what library attention kernels read when a prompt
 // continues behind tokens that are cached already. A block is one token; its threads copy all its heads.
 #include "common/launch.h"
+#include "common/require.h"
 #include "elementwise/launch.h"
-#include "elementwise/require.h"
 
 namespace elementwise {
 
@@ -32,10 +32,11 @@ static __global__ void __launch_bounds__(kThreads) gather_cache_kernel(GatherCac
 }
 
 void gather_cache(const GatherCache& p, const Launch& how) {
-    require(p.head_dim % kChunk == 0, "head_dim is " + std::to_string(p.head_dim) + "; expected a multiple of 8");
-    require(p.num_seqs >= 1 && p.num_tokens >= 1, "there are no tokens");
-    require_aligned(p.k_cache, "k_cache"), require_aligned(p.v_cache, "v_cache"), require_aligned(p.k, "k"),
-        require_aligned(p.v, "v");
+    common::require(p.head_dim % kChunk == 0,
+                    "head_dim is " + std::to_string(p.head_dim) + "; expected a multiple of 8");
+    common::require(p.num_seqs >= 1 && p.num_tokens >= 1, "there are no tokens");
+    common::require_aligned(p.k_cache, "k_cache"), common::require_aligned(p.v_cache, "v_cache"),
+        common::require_aligned(p.k, "k"), common::require_aligned(p.v, "v");
     common::launch(gather_cache_kernel, p.num_tokens, kThreads, 0, how.stream, false, p);
 }
 

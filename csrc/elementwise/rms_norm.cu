@@ -3,8 +3,8 @@
 #include "common/async.cuh"
 #include "common/chunk.cuh"
 #include "common/launch.h"
+#include "common/require.h"
 #include "elementwise/launch.h"
-#include "elementwise/require.h"
 
 namespace elementwise {
 
@@ -90,12 +90,13 @@ static void launch_rms_norm(const RmsNorm& p, const Launch& how) {
 }
 
 void rms_norm(const RmsNorm& p, const Launch& how) {
-    require(p.hidden_size % kChunk == 0 && p.hidden_size >= kChunk && p.hidden_size <= kMaxHidden,
-            "hidden_size is " + std::to_string(p.hidden_size) + "; expected a multiple of 8, at most " +
-                std::to_string(kMaxHidden));
-    require(p.num_rows >= 1, "there are no rows");
-    require_aligned(p.x, "x"), require_aligned(p.weight, "weight"), require_aligned(p.out, "out");
-    require(bool(p.out) != bool(p.squares), "the output is either the norm or the sums of squares");
+    common::require(p.hidden_size % kChunk == 0 && p.hidden_size >= kChunk && p.hidden_size <= kMaxHidden,
+                    "hidden_size is " + std::to_string(p.hidden_size) + "; expected a multiple of 8, at most " +
+                        std::to_string(kMaxHidden));
+    common::require(p.num_rows >= 1, "there are no rows");
+    common::require_aligned(p.x, "x"), common::require_aligned(p.weight, "weight"),
+        common::require_aligned(p.out, "out");
+    common::require(bool(p.out) != bool(p.squares), "the output is either the norm or the sums of squares");
     how.dtype == common::Dtype::kBFloat16 ? launch_rms_norm<__nv_bfloat16>(p, how) : launch_rms_norm<__half>(p, how);
 }
 

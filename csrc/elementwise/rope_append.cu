@@ -4,8 +4,8 @@
 #include "common/async.cuh"
 #include "common/chunk.cuh"
 #include "common/launch.h"
+#include "common/require.h"
 #include "elementwise/launch.h"
-#include "elementwise/require.h"
 
 namespace elementwise {
 
@@ -47,14 +47,14 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppend p) {
 }
 
 void rope_append(const RopeAppend& p, const Launch& how) {
-    require(p.head_dim == 64 || p.head_dim == 128,
-            "head_dim is " + std::to_string(p.head_dim) + "; supported: 64, 128");
-    require(p.num_tokens >= 1, "there are no tokens");
-    require(p.num_heads >= 1 && p.num_kv_heads >= 1 && p.blocks_per_slot >= 1,
-            "num_heads, num_kv_heads and blocks_per_slot must be at least 1");
-    require_aligned(p.qkv, "qkv"), require_aligned(p.rotated, "rotated");
-    require_aligned(p.cos, "cos"), require_aligned(p.sin, "sin");
-    require_aligned(p.k_cache, "k_cache"), require_aligned(p.v_cache, "v_cache");
+    common::require(p.head_dim == 64 || p.head_dim == 128,
+                    "head_dim is " + std::to_string(p.head_dim) + "; supported: 64, 128");
+    common::require(p.num_tokens >= 1, "there are no tokens");
+    common::require(p.num_heads >= 1 && p.num_kv_heads >= 1 && p.blocks_per_slot >= 1,
+                    "num_heads, num_kv_heads and blocks_per_slot must be at least 1");
+    common::require_aligned(p.qkv, "qkv"), common::require_aligned(p.rotated, "rotated");
+    common::require_aligned(p.cos, "cos"), common::require_aligned(p.sin, "sin");
+    common::require_aligned(p.k_cache, "k_cache"), common::require_aligned(p.v_cache, "v_cache");
     const bool bf16 = how.dtype == common::Dtype::kBFloat16;
     auto* kernel = p.head_dim == 64 ? (bf16 ? rope_append_kernel<__nv_bfloat16, 64> : rope_append_kernel<__half, 64>)
                                     : (bf16 ? rope_append_kernel<__nv_bfloat16, 128> : rope_append_kernel<__half, 128>);

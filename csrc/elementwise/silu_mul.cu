@@ -3,8 +3,8 @@
 #include "common/async.cuh"
 #include "common/chunk.cuh"
 #include "common/launch.h"
+#include "common/require.h"
 #include "elementwise/launch.h"
-#include "elementwise/require.h"
 
 namespace elementwise {
 
@@ -37,10 +37,10 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(const uint4* gate_up
 }
 
 void silu_mul(const SiluMul& p, const Launch& how) {
-    require(p.size % kChunk == 0 && p.size >= kChunk,
-            "size is " + std::to_string(p.size) + "; expected a multiple of 8");
-    require(p.num_rows >= 1, "there are no rows");
-    require_aligned(p.gate_up, "gate_up"), require_aligned(p.out, "out");
+    common::require(p.size % kChunk == 0 && p.size >= kChunk,
+                    "size is " + std::to_string(p.size) + "; expected a multiple of 8");
+    common::require(p.num_rows >= 1, "there are no rows");
+    common::require_aligned(p.gate_up, "gate_up"), common::require_aligned(p.out, "out");
     const int64_t groups = p.num_rows * (p.size / kChunk);
     auto* kernel = how.dtype == common::Dtype::kBFloat16 ? silu_mul_kernel<__nv_bfloat16> : silu_mul_kernel<__half>;
     const int64_t blocks = (groups + kThreads * kPerThread - 1) / (kThreads * kPerThread);

@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "common/require.h"
 #include "common/tensor_map.h"
 #include "gemm/kernels.h"
 #include "gemm/params.h"
@@ -14,9 +15,7 @@
 namespace gemm {
 namespace {
 
-void require(bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-}
+using common::require, common::require_aligned;
 
 void check(const Gemm& g) {
     require(g.num_tokens >= 1, "there are no tokens");
@@ -28,9 +27,7 @@ void check(const Gemm& g) {
         const char* name;
         const void* pointer;
     } operands[] = {{"x", g.x}, {"weight", g.weight}, {"out", g.out}, {"residual", g.residual}};
-    for (const auto& operand : operands)
-        require(reinterpret_cast<uintptr_t>(operand.pointer) % 16 == 0,
-                std::string(operand.name) + " must be 16-byte aligned");
+    for (const auto& operand : operands) require_aligned(operand.pointer, operand.name);
     require((g.epilogue == Epilogue::kResidual) == (g.residual != nullptr),
             "a residual belongs to the epilogue that adds it, and to no other");
 }

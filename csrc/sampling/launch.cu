@@ -2,15 +2,14 @@
 #include <string>
 
 #include "common/cuda_check.h"
+#include "common/require.h"
 #include "sampling/instances.cuh"
 
 namespace sampling {
 
 namespace {
 
-void require(bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-}
+using common::require;
 
 void check(const Params& p, const Launch& how) {
     require(p.batch >= 1 && p.batch <= 65535, "batch is " + std::to_string(p.batch) + "; supported: 1 to 65535");

@@ -12,6 +12,7 @@
 #pragma once
 #include "common/async.cuh"
 #include "common/chunk.cuh"
+#include "common/exp2.cuh"
 #include "common/mma.cuh"
 #include "short_prefill/launch.h"
 
@@ -25,12 +26,6 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 __host__ __device__ constexpr int shared_bytes(int tokens, int head_dim) {
     return 2 * ((tokens + kStep - 1) / kStep * kStep) * head_dim * 2;
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // Rows of kHeadDim elements in shared memory. Neighbouring rows have their chunks in other banks.
@@ -186,7 +181,7 @@ __device__ __forceinline__ void soften(uint32_t (&weights)[kStep / 16][4], float
         most[h] = fmaxf(most[h], __shfl_xor_sync(~0u, most[h], 1));
         most[h] = fmaxf(most[h], __shfl_xor_sync(~0u, most[h], 2)) * scale_log2;
         most[h] = fmaxf(most[h], softmax.most[h]);
-        factors[h] = exp2_fast(softmax.most[h] - most[h]);
+        factors[h] = common::exp2_fast(softmax.most[h] - most[h]);
         softmax.most[h] = most[h], softmax.sums[h] *= factors[h];
     }
 #pragma unroll
@@ -194,8 +189,8 @@ __device__ __forceinline__ void soften(uint32_t (&weights)[kStep / 16][4], float
 #pragma unroll
         for (int j = 0; j < 4; ++j) {  // rows r and r + 8 of the first 8 keys, then of the next
             const float* x = s[2 * i + j / 2] + j % 2 * 2;
-            const float a = exp2_fast(fmaf(x[0], scale_log2, -most[j % 2]));
-            const float b = exp2_fast(fmaf(x[1], scale_log2, -most[j % 2]));
+            const float a = common::exp2_fast(fmaf(x[0], scale_log2, -most[j % 2]));
+            const float b = common::exp2_fast(fmaf(x[1], scale_log2, -most[j % 2]));
             softmax.sums[j % 2] += a + b;
             weights[i][j] = common::Pack<T>::from_floats(a, b);
         }

@@ -2,6 +2,7 @@
 #include <string>
 
 #include "common/launch.h"
+#include "common/require.h"
 #include "common/tensor_map.h"
 #include "short_prefill/kernel.cuh"
 #include "short_prefill/launch.h"
@@ -9,9 +10,7 @@
 namespace short_prefill {
 namespace {
 
-void require(bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-}
+using common::require, common::require_aligned;
 
 void check(const Params& p, const Launch& how) {
     require(how.head_dim == 64 || how.head_dim == 128,
@@ -28,9 +27,7 @@ void check(const Params& p, const Launch& how) {
         const void* pointer;
     } operands[] = {{"qkv", p.qkv}, {"cos", p.cos},         {"sin", p.sin},
                     {"out", p.out}, {"k_cache", p.k_cache}, {"v_cache", p.v_cache}};
-    for (const auto& operand : operands)
-        require(reinterpret_cast<uintptr_t>(operand.pointer) % 16 == 0,
-                std::string(operand.name) + " must be 16-byte aligned");
+    for (const auto& operand : operands) require_aligned(operand.pointer, operand.name);
 }
 
 template <typename T>

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "common/launch.h"
+#include "common/require.h"
 #include "common/tensor_map.h"
 
 namespace skinny_linear {
@@ -14,13 +15,7 @@ const void* kernel_for(int grid, Form form);
 
 namespace {
 
-void require(bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-}
-
-void require_aligned(const void* pointer, const char* name) {
-    require(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, std::string(name) + " must be 16-byte aligned");
-}
+using common::require, common::require_aligned;
 
 int divide_up(int a, int b) {
     return (a + b - 1) / b;
