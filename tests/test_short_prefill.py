@@ -41,8 +41,9 @@ def test_the_kernel_refuses(wrong: dict[str, int], message: str) -> None:
 
 
 @pytest.mark.nvcc
-def test_both_sides_agree_on_what_is_short() -> None:
+def test_both_sides_agree() -> None:
     assert short_prefill.library().MAX_TOKENS == short_prefill.MAX_TOKENS
+    assert short_prefill.library().BLOCKS_PER_SM == short_prefill.BLOCKS_PER_SM
 
 
 def plan_of(lengths: list[int], past: list[int] | None = None) -> PrefillPlan:

@@ -3,17 +3,12 @@
 #include <pybind11/pybind11.h>
 
 #include "batch_linear/launch.h"
+#include "common/address.h"
 
 namespace py = pybind11;
 using namespace batch_linear;
 
-namespace {
-
-void* pointer(uintptr_t address) {
-    return reinterpret_cast<void*>(address);
-}
-
-}  // namespace
+using common::pointer, common::stream_at;
 
 PYBIND11_MODULE(batch_linear, module) {
     module.doc() = "Matrix products for the tokens of a decode step; see llama3/ops/batch_linear.py";
@@ -26,8 +21,8 @@ PYBIND11_MODULE(batch_linear, module) {
            int count, bool overlap, uintptr_t stream) {
             launch({pointer(x), pointer(weight), pointer(residual), pointer(out), num_tokens, num_rows, size, eps,
                     static_cast<Form>(form)},
-                   {static_cast<float*>(pointer(squares)), count}, {splits, trigger, shared_bytes, tile_rows, ahead},
-                   overlap, static_cast<cudaStream_t>(pointer(stream)));
+                   {pointer<float>(squares), count}, {splits, trigger, shared_bytes, tile_rows, ahead}, overlap,
+                   stream_at(stream));
         },
         "x"_a, "weight"_a, "residual"_a, "out"_a, "num_tokens"_a, "num_rows"_a, "size"_a, "eps"_a, "form"_a, "splits"_a,
         "trigger"_a, "shared_bytes"_a, "tile_rows"_a, "ahead"_a, "squares"_a, "count"_a, "overlap"_a, "stream"_a);

@@ -6,6 +6,7 @@
 
 #include <array>
 
+#include "common/address.h"
 #include "decode_attn/launch.h"
 #include "decode_attn/split.h"
 
@@ -18,10 +19,7 @@ namespace {
 using Strides3 = std::array<int64_t, 3>;
 using Strides2 = std::array<int64_t, 2>;
 
-template <typename T = void>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+using common::pointer, common::stream_at;
 
 void decode(uintptr_t q, Strides2 q_strides, uintptr_t k_cache, Strides3 k_strides, uintptr_t v_cache,
             Strides3 v_strides, uintptr_t out, Strides2 out_strides, uintptr_t lse, uintptr_t lengths, uintptr_t slots,
@@ -62,7 +60,7 @@ void decode(uintptr_t q, Strides2 q_strides, uintptr_t k_cache, Strides3 k_strid
     how.pdl = pdl;
     how.grid = grid;
     how.version = static_cast<decode_attn::Version>(version);
-    how.stream = pointer<std::remove_pointer_t<cudaStream_t>>(stream);
+    how.stream = stream_at(stream);
     decode_attn::launch(p, how);
 }
 

@@ -2,11 +2,12 @@
 #pragma once
 #include <cuda.h>
 
+#include "common/kv_cache.h"
 #include "common/types.cuh"
 
 namespace decode_attn {
 
-constexpr int kBlockSize = 64;    // tokens in a KV block; one (block, kv head) is one tile
+using common::kBlockSize;         // one (block, kv head) is one tile
 constexpr int kMaxGroup = 8;      // query heads per kv head that one tensor-core tile holds
 constexpr int kSliceTokens = 16;  // tokens that one warp takes of a tile
 constexpr int kWarpsPerTile = kBlockSize / kSliceTokens;

@@ -2,6 +2,7 @@
 // the tensors). std::invalid_argument arrives as ValueError, std::runtime_error as RuntimeError.
 #include <pybind11/pybind11.h>
 
+#include "common/address.h"
 #include "elementwise/launch.h"
 
 namespace py = pybind11;
@@ -9,13 +10,10 @@ using namespace elementwise;
 
 namespace {
 
-template <typename T = void>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+using common::pointer, common::stream_at;
 
 Launch how(int dtype, bool overlap, uintptr_t stream) {
-    return {static_cast<common::Dtype>(dtype), overlap, pointer<std::remove_pointer_t<cudaStream_t>>(stream)};
+    return {static_cast<common::Dtype>(dtype), overlap, stream_at(stream)};
 }
 
 }  // namespace

@@ -4,12 +4,12 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "common/kv_cache.h"
 #include "common/types.cuh"
 
 namespace elementwise {
 
-using common::kChunk;
-constexpr int kBlockSize = 64;  // tokens in a block of the KV cache
+using common::kBlockSize, common::kChunk;
 
 struct Launch {
     common::Dtype dtype;

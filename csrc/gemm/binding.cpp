@@ -2,6 +2,7 @@
 // the tensors). std::invalid_argument arrives as ValueError, std::runtime_error as RuntimeError.
 #include <pybind11/pybind11.h>
 
+#include "common/address.h"
 #include "gemm/gemm.h"
 
 namespace py = pybind11;
@@ -14,11 +15,10 @@ PYBIND11_MODULE(gemm, module) {
         "gemm",
         [](uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out, int num_tokens, int num_rows, int size,
            int epilogue, int dtype, uintptr_t stream, int rows, int splits, uintptr_t workspace, int64_t bytes) {
-            gemm::launch(
-                {reinterpret_cast<void*>(x), reinterpret_cast<void*>(weight), reinterpret_cast<void*>(residual),
-                 reinterpret_cast<void*>(out), num_tokens, num_rows, size, static_cast<gemm::Epilogue>(epilogue)},
-                {rows, splits}, {reinterpret_cast<void*>(workspace), bytes},
-                {static_cast<common::Dtype>(dtype), reinterpret_cast<cudaStream_t>(stream)});
+            gemm::launch({common::pointer(x), common::pointer(weight), common::pointer(residual), common::pointer(out),
+                          num_tokens, num_rows, size, static_cast<gemm::Epilogue>(epilogue)},
+                         {rows, splits}, {common::pointer(workspace), bytes},
+                         {static_cast<common::Dtype>(dtype), common::stream_at(stream)});
         },
         "x"_a, "weight"_a, "residual"_a, "out"_a, "num_tokens"_a, "num_rows"_a, "size"_a, "epilogue"_a, "dtype"_a,
         "stream"_a, "rows"_a = 256, "splits"_a = 1, "workspace"_a = 0, "workspace_bytes"_a = 0);

@@ -2,6 +2,7 @@
 // std::invalid_argument arrives as ValueError, std::runtime_error as RuntimeError.
 #include <pybind11/pybind11.h>
 
+#include "common/address.h"
 #include "sampling/params.h"
 
 namespace py = pybind11;
@@ -9,10 +10,7 @@ using namespace sampling;
 
 namespace {
 
-template <typename T = void>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+using common::pointer, common::stream_at;
 
 // The rules of all rows, by the names of SamplingTensors.
 struct Rules {
@@ -49,8 +47,7 @@ void sample(uintptr_t logits, int64_t stride_logits_row, int batch, int vocab_si
     p.stop_ids = pointer<int64_t>(state.stop_ids);
     p.num_stop_ids = state.num_stop_ids;
     p.forbid_early_stops = state.forbid_early_stops;
-    launch(p, {static_cast<Dtype>(dtype), static_cast<Mode>(mode), blocks_per_row, overlap,
-               pointer<std::remove_pointer_t<cudaStream_t>>(stream)});
+    launch(p, {static_cast<Dtype>(dtype), static_cast<Mode>(mode), blocks_per_row, overlap, stream_at(stream)});
 }
 
 }  // namespace

@@ -18,10 +18,11 @@
 
 namespace short_prefill {
 
+using common::kBlockSize;
+
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kBlocks = 3;  // that fit a multiprocessor
-constexpr int kTile = 16;   // queries of a tile
-constexpr int kStep = 32;   // keys of a step
+constexpr int kTile = 16;  // queries of a tile
+constexpr int kStep = 32;  // keys of a step
 constexpr float kLog2E = 1.4426950408889634f;
 
 __host__ __device__ constexpr int shared_bytes(int tokens, int head_dim) {
@@ -52,7 +53,7 @@ struct Place {
 };
 
 __device__ __forceinline__ Place place_of(const Params& p) {
-    const int group = p.num_heads / p.num_kv_heads, shares = (group + p.block_heads - 1) / p.block_heads;
+    const int group = p.group(), shares = p.shares();
     const int seq = blockIdx.x / (p.num_kv_heads * shares), rest = blockIdx.x % (p.num_kv_heads * shares);
     const int kv_head = rest / shares, share = rest % shares, from = share * p.block_heads;
     const int first = p.starts[seq];
@@ -271,7 +272,7 @@ __device__ __forceinline__ void store(const Params& p, const Place& place, const
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, kBlocks) short_prefill_kernel(Params p) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM) short_prefill_kernel(Params p) {
     extern __shared__ uint4 shared_memory[];
     common::wait_for_previous_kernel();
     common::allow_next_kernel();

@@ -1,4 +1,3 @@
-#include <stdexcept>
 #include <string>
 
 #include "common/launch.h"
@@ -41,9 +40,8 @@ void launch(const Params& p, const Launch& how) {
     check(p, how);
     auto* kernel = how.dtype == common::Dtype::kBFloat16 ? kernel_of<__nv_bfloat16>(how.head_dim)
                                                          : kernel_of<__half>(how.head_dim);
-    const int group = p.num_heads / p.num_kv_heads, shares = (group + p.block_heads - 1) / p.block_heads;
     common::allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes(kMaxTokens, how.head_dim));
-    common::launch(kernel, p.num_seqs * p.num_kv_heads * shares, kThreads, shared_bytes(p.max_tokens, how.head_dim),
+    common::launch(kernel, p.num_seqs * p.num_kv_heads * p.shares(), kThreads, shared_bytes(p.max_tokens, how.head_dim),
                    how.stream, how.overlap, p);
 }
 

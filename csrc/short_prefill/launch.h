@@ -4,12 +4,13 @@
 
 #include <cstdint>
 
+#include "common/kv_cache.h"
 #include "common/types.cuh"
 
 namespace short_prefill {
 
 constexpr int kMaxTokens = 128;  // of a prompt
-constexpr int kBlockSize = 64;   // tokens in a block of the KV cache
+constexpr int kBlocksPerSM = 3;  // thread blocks that fit a multiprocessor
 
 // num_seqs prompts end to end, prompt i being tokens starts[i] .. starts[i + 1] - 1, of which none has more than
 // max_tokens; nothing is cached before them. qkv [T, num_heads + 2 num_kv_heads, head_dim], out [T, num_heads,
@@ -23,6 +24,8 @@ struct Params {
     void *out, *k_cache, *v_cache;  // caches [num_blocks, num_kv_heads, 64, head_dim], contiguous
     int num_seqs, max_tokens, num_positions, num_heads, num_kv_heads, blocks_per_slot;
     int block_heads;  // query heads that one thread block takes, of those that share a kv head
+    constexpr int group() const { return num_heads / num_kv_heads; }
+    constexpr int shares() const { return (group() + block_heads - 1) / block_heads; }  // thread blocks of a kv head
 };
 
 struct Launch {

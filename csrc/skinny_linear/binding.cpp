@@ -2,18 +2,13 @@
 // the tensors). std::invalid_argument arrives as ValueError, std::runtime_error as RuntimeError.
 #include <pybind11/pybind11.h>
 
+#include "common/address.h"
 #include "skinny_linear/launch.h"
 
 namespace py = pybind11;
 using namespace skinny_linear;
 
-namespace {
-
-void* pointer(uintptr_t address) {
-    return reinterpret_cast<void*>(address);
-}
-
-}  // namespace
+using common::pointer, common::stream_at;
 
 PYBIND11_MODULE(skinny_linear, module) {
     module.doc() = "Matrix products for few tokens; see llama3/ops/skinny_linear.py";
@@ -25,7 +20,7 @@ PYBIND11_MODULE(skinny_linear, module) {
            float eps, int form, int tile_rows, int splits, bool overlap, uintptr_t stream) {
             launch({pointer(x), pointer(weight), pointer(residual), pointer(out), num_tokens, num_rows, size, eps,
                     static_cast<Form>(form)},
-                   {tile_rows, splits}, overlap, static_cast<cudaStream_t>(pointer(stream)));
+                   {tile_rows, splits}, overlap, stream_at(stream));
         },
         "x"_a, "weight"_a, "residual"_a, "out"_a, "num_tokens"_a, "num_rows"_a, "size"_a, "eps"_a, "form"_a,
         "tile_rows"_a, "splits"_a, "overlap"_a, "stream"_a);

@@ -1,7 +1,6 @@
 #include "skinny_linear/launch.h"
 
 #include <algorithm>
-#include <stdexcept>
 #include <string>
 
 #include "common/launch.h"
