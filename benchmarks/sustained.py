@@ -119,8 +119,8 @@ def loads(step: Step, num_tokens: int, context: int) -> dict[str, tuple[Callable
 
 
 def measure(run: Callable[[], object], calls: int, log: GpuLog, seconds: float) -> dict[str, float | None]:
-    """Microseconds of one of a run's `calls`: the median of a few replays after a rest, or a single one that takes long,
-    and the mean over `seconds` under load, after half as many."""
+    """Microseconds of one of a run's `calls`: the median of a few replays after a rest, of long ones a single one, and
+    the mean over `seconds` under load, after half as many."""
     time.sleep(0.5)
     graph = capture([run])
     (once,) = replays_microseconds(graph, 1)
