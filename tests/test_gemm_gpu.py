@@ -192,6 +192,48 @@ def test_products_in_parts_follow_one_another_in_a_graph() -> None:
         assert torch.equal(hidden, expected[0]) and torch.equal(qkv, expected[1])
 
 
+# More tiles than clusters, so that all but the first are claimed: a count that leaves some clusters a tile less
+# than others, 16 steps of the inner dimension, the fewest for which tiles are claimed, 15, for which they are not.
+CLAIMED = ((256, 28672, 4096), (4096, 6144, 1024), (4226, 4096, 2048), (2050, 8208, 960), (700, 16400, 14336))
+
+
+def test_every_tile_is_made_once_however_products_follow_each_other() -> None:
+    """Each starts before the one before has ended, whose claims it must not see."""
+    operands = [
+        (
+            normal(num_tokens, size, dtype=torch.bfloat16),
+            normal(num_rows, size, dtype=torch.bfloat16, scale=size**-0.5),
+        )
+        for num_tokens, num_rows, size in CLAIMED
+    ]
+
+    def run_all() -> list[torch.Tensor]:
+        results = []
+        for x, weight in operands:
+            residual = torch.ones(len(x), len(weight), dtype=torch.bfloat16, device="cuda")
+            results += [gemm.product(x, weight), gemm.swiglu(x, weight), gemm.product(x, weight, residual)]
+        return results
+
+    expected = run_all()
+    for (x, weight), plain, activated, added in zip(
+        operands, expected[::3], expected[1::3], expected[2::3], strict=True
+    ):
+        exact = x.double() @ weight.double().T
+        assert_within_contract(plain, exact, x @ weight.T)
+        assert_within_contract(activated, silu_mul(exact), silu_mul(x @ weight.T))
+        assert_within_contract(added, exact + 1, x @ weight.T + 1)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_all()
+    for _ in range(20):
+        for result in captured:
+            result.fill_(torch.nan)
+        graph.replay()
+        assert all(map(torch.equal, captured, expected))
+
+
 def test_too_many_parts_are_refused() -> None:
     """They would wait for each other for ever."""
     x, weight = normal(256, 512, dtype=torch.bfloat16), normal(16384, 512, dtype=torch.bfloat16)

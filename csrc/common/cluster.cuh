@@ -47,15 +47,15 @@ __device__ __forceinline__ void send(uint32_t address, uint32_t barrier, float v
                  : "memory");
 }
 
-// Waits for phase 0 of a barrier that other blocks arrive on or send to.
-__device__ __forceinline__ void wait_for_cluster(uint32_t barrier) {
+// Waits for a phase of a barrier that other blocks arrive on or send to.
+__device__ __forceinline__ void wait_for_cluster(uint32_t barrier, uint32_t parity = 0) {
     uint32_t done = 0;
     while (!done) {
         asm volatile(
-            "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, "
+            "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, "
             "p;}"
             : "=r"(done)
-            : "r"(barrier)
+            : "r"(barrier), "r"(parity)
             : "memory");
     }
 }

@@ -45,6 +45,7 @@ struct Launch {
     cudaStream_t stream;
 };
 
+// On one device products run one after the other: they share what says which tiles are taken.
 // Throws std::invalid_argument for what the kernel does not support (before any CUDA call), std::runtime_error if CUDA
 // fails.
 void launch(const Gemm& g, const Plan& plan, const Workspace& workspace, const Launch& how);

@@ -1,17 +1,15 @@
 // out [T, N] = x [T, K] weight [N, K]^T for many tokens, on Hopper's wgmma.
 //
-// Grid: as many clusters of kCluster blocks as the GPU holds; each works through every so many-th tile of the output. A
-// tile is 128 tokens by Shape::kRows weight rows a block, and the blocks of a cluster take neighbouring rows of tiles,
-// so that each brings only its part of the weights from L2 and multicasts it. Block: two warpgroups that multiply, 64
-// tokens by all the tile's rows each, and one whose warps only move data:
+// Grid: as many clusters of kCluster blocks as the GPU holds, each of which works through tiles of the output (which
+// ones: tiles.cuh). A tile is 128 tokens by Shape::kRows weight rows a block, and the blocks of a cluster take
+// neighbouring rows of tiles, so that each brings only its part of the weights from L2 and multicasts it. Block: two
+// warpgroups that multiply, 64 tokens by all the tile's rows each, and one whose warps only move data:
 //   load     x and weight, 64 columns of the inner dimension a stage, into a ring    runs ahead into the next tile
-//   math     ring -> accumulators -> staging buffers                                 one warpgroup an epilogue behind
+//   math     ring -> accumulators -> staging buffers
 //   store    staging buffers -> out; brings the residual into a buffer before math fills it
-// The second warpgroup starts each tile kLead stages after the first: while one is in its epilogue, the other has the
-// tensor cores to itself.
 //
 // Where tiles are fewer than clusters, the inner dimension of each is shared out among kSplits clusters, which exchange
-// sums before the epilogue (exchange.cuh). Then every cluster has one part of one tile, and no warpgroup waits.
+// sums before the epilogue (exchange.cuh). Then every cluster has one part of one tile.
 #pragma once
 #include "common/async.cuh"
 #include "common/cluster.cuh"
@@ -20,54 +18,32 @@
 #include "gemm/copy.cuh"
 #include "gemm/exchange.cuh"
 #include "gemm/params.h"
+#include "gemm/tiles.cuh"
 
 namespace gemm {
 
 using common::operand, common::wgmma, common::wgmma_commit, common::wgmma_fence, common::wgmma_wait;
 
-constexpr int kGroupTiles = 8;    // tiles of a cluster's tokens that meet a tile of weights one after the other
-constexpr int kLead = 2;          // stages
-constexpr int kMinLeadSteps = 8;  // shorter products could lap the barrier between the warpgroups
 constexpr int kMathRegisters = 232, kMoveRegisters = 40;
 static_assert(kMathRegisters * 256 + kMoveRegisters * 128 <= 65536 / kThreads / 8 * 8 * kThreads);
-
-// A part of a tile, which is all of it if the inner dimension is not split.
-struct Tile {
-    int token, row;          // in tiles of a cluster
-    int part, first, steps;  // along the inner dimension
-};
-
-// Down `kGroupTiles` tiles of tokens first, then on along the weight rows: neighbours in time share operands in L2.
-template <int kSplits>
-__device__ __forceinline__ Tile tile_at(const Tiling& t, int index) {
-    const int group_tiles = kGroupTiles * t.tiles_rows, tile = index / kSplits, part = index % kSplits;
-    const int group = tile / group_tiles * kGroupTiles;
-    const int height = min(kGroupTiles, t.tiles_tokens - group), in_group = tile % group_tiles;
-    const int first = t.steps * part / kSplits;
-    return {group + in_group % height, in_group / height, part, first, t.steps * (part + 1) / kSplits - first};
-}
-
-// Position in a ring of kSize slots.
-template <int kSize>
-struct Cursor {
-    int slot = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++slot == kSize) slot = 0, parity ^= 1;
-    }
-};
 
 template <typename Shape>
 struct Shared {
     uint32_t ring, buffers;  // addresses
     uint32_t full, empty;    // of the ring's stages
     uint32_t ready, staged;  // of the staging buffers: may be filled, are filled
+    Claims claims;
     __device__ __forceinline__ static Shared at(uint32_t base) {
+        constexpr int kOfRing = 8 * Shape::kStages, kOfBuffers = 8 * kMathGroups * Shape::kBuffers;
         const uint32_t barriers = base + Shape::kBytes;
-        const uint32_t of_buffers = barriers + 2 * 8 * Shape::kStages;
-        return {base,       base + Shape::kRingBytes,
-                barriers,   barriers + 8 * Shape::kStages,
-                of_buffers, of_buffers + 8 * kMathGroups * Shape::kBuffers};
+        const uint32_t of_buffers = barriers + 2 * kOfRing, of_claims = of_buffers + 2 * kOfBuffers;
+        return {base,
+                base + Shape::kRingBytes,
+                barriers,
+                barriers + kOfRing,
+                of_buffers,
+                of_buffers + kOfBuffers,
+                {of_claims, of_claims + 8 * kClaimSlots}};
     }
 };
 
@@ -90,20 +66,26 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
         copy_box(s.ring + slot * Shape::kStageBytes, &maps.x, s.full + 8 * slot, (tile.first + step) * kStageColumns,
                  (tile.token * kCluster + rank) * kTileTokens);
     };
-    const Tile first = tile_at<Shape::kSplits>(t, blockIdx.x / kCluster);
+    TileWalk walk{t, s.claims};
+    const Tile first = tile_at<Shape::kSplits>(t, walk.index);
     const int ahead = min(Shape::kStages, first.steps);
     for (int step = 0; step < ahead; ++step) load_weight(step, step, first);
     common::wait_for_previous_kernel();
     common::allow_next_kernel();
     Cursor<Shape::kStages> at;
     for (int step = 0; step < ahead; ++step, at.advance()) load_x(step, step, first);
+    static_assert(Shape::kStages <= kMinClaimedSteps - kClaimStep);
+    const bool claims = t.claimed && rank == 0;
     int step = ahead;
-    for (int index = blockIdx.x / kCluster; index < t.parts; index += gridDim.x / kCluster) {
-        const Tile tile = tile_at<Shape::kSplits>(t, index);
+    unsigned claim = 0;
+    for (; !walk.done(); walk.advance(true)) {
+        const Tile tile = tile_at<Shape::kSplits>(t, walk.index);
         for (; step < tile.steps; ++step, at.advance()) {
             common::mbarrier_wait(s.empty + 8 * at.slot, at.parity ^ 1);
             load_weight(at.slot, step, tile);
             load_x(at.slot, step, tile);
+            if (claims && step == tile.steps - kClaimStep) claim = claim_tile();
+            if (claims && step == tile.steps - kSendStep) send_claim(walk, claim);
         }
         step = 0;
     }
@@ -120,34 +102,34 @@ __device__ __forceinline__ constexpr int box_column(int box) {
 // Where the boxes of one warpgroup's output lie, in order.
 template <typename Shape>
 struct BoxWalk {
-    const Tiling& t;
-    int rank, group;
-    int index = blockIdx.x / kCluster, box = 0;
-    __device__ __forceinline__ bool done() const { return index >= t.parts; }
+    TileWalk tiles;
+    int rank, group, box = 0;
+    __device__ __forceinline__ Tile tile() const { return tile_at<Shape::kSplits>(tiles.t, tiles.index); }
     __device__ __forceinline__ int token() const {
-        return (tile_at<Shape::kSplits>(t, index).token * kCluster + rank) * kTileTokens + group * kGroupTokens;
+        return (tile().token * kCluster + rank) * kTileTokens + group * kGroupTokens;
     }
     __device__ __forceinline__ int column() const {
-        const Tile tile = tile_at<Shape::kSplits>(t, index);
-        return (tile.row * Shape::kSplits + tile.part) * Shape::kColumns + box_column<Shape>(box);
+        return (tile().row * Shape::kSplits + tile().part) * Shape::kColumns + box_column<Shape>(box);
     }
+    __device__ __forceinline__ bool done() const { return tiles.done(); }
     __device__ __forceinline__ void advance() {
-        if (++box == Shape::kBoxes) box = 0, index += gridDim.x / kCluster;
+        if (++box == Shape::kBoxes) box = 0, tiles.advance();
     }
 };
 
 template <typename Shape>
 __device__ void store_tiles(const TensorMaps& maps, const Tiling& t, const Shared<Shape>& s, int rank, int group) {
     common::wait_for_previous_kernel();
-    BoxWalk<Shape> out{t, rank, group}, next{t, rank, group};
+    BoxWalk<Shape> out{{t, s.claims}, rank, group}, next{{t, s.claims}, rank, group};
     const int first = group * Shape::kBuffers;
     auto make_ready = [&](int slot) {
+        if (next.done()) return;  // nothing will be staged there again, and no further tile comes
         const uint32_t ready = s.ready + 8 * (first + slot);
-        if (Shape::kEpilogue != Epilogue::kResidual || next.done()) {
-            common::mbarrier_arrive(ready);
-        } else {
+        if (Shape::kEpilogue == Epilogue::kResidual) {
             common::mbarrier_expect(ready, kBufferBytes);
             copy_box(s.buffers + (first + slot) * kBufferBytes, &maps.residual, ready, next.column(), next.token());
+        } else {
+            common::mbarrier_arrive(ready);
         }
         next.advance();
     };
@@ -209,31 +191,28 @@ __device__ __forceinline__ void stage_tile(const float (&d)[Shape::kFragment], c
 template <typename T, typename Shape>
 __device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const Shared<Shape>& s, int group) {
     const int lane = threadIdx.x % 32;
-    static_assert(Shape::kStages < kMinLeadSteps);
+    const uint64_t first_x = operand(s.ring + group * (kXBytes / kMathGroups)),
+                   first_weight = operand(s.ring + kXBytes);
     Cursor<Shape::kStages> at;
     Cursor<Shape::kBuffers> buffer;
-    const bool takes_turns = Shape::kSplits == 1 && t.steps >= kMinLeadSteps;
     auto release = [&](int slot) {
         if (lane < kCluster) common::arrive_remote(common::in_block(s.empty + 8 * slot, lane));
     };
-    for (int index = blockIdx.x / kCluster; index < t.parts; index += gridDim.x / kCluster) {
-        const Tile tile = tile_at<Shape::kSplits>(t, index);
+    for (TileWalk walk{t, s.claims}; !walk.done(); walk.advance()) {
+        const Tile tile = tile_at<Shape::kSplits>(t, walk.index);
         float d[Shape::kFragment];
         int before = 0;
-        if (takes_turns && group == 1) common::named_sync(1, kMathGroups * 128);
         for (int step = 0; step < tile.steps; ++step, at.advance()) {
             common::mbarrier_wait(s.full + 8 * at.slot, at.parity);
-            const uint32_t stage = s.ring + at.slot * Shape::kStageBytes;
-            const uint64_t x = operand(stage + group * (kXBytes / kMathGroups)), weight = operand(stage + kXBytes);
+            const int stage = at.slot * (Shape::kStageBytes / 16);  // in the units of operands
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kStageColumns / 16; ++k)  // 32 bytes further along the rows
-                wgmma<T, Shape::kRows>(d, x + 2 * k, weight + 2 * k, step + k);
+                wgmma<T, Shape::kRows>(d, first_x + stage + 2 * k, first_weight + stage + 2 * k, k > 0 || step > 0);
             wgmma_commit();
             wgmma_wait<1>();
             if (step > 0) release(before);
             before = at.slot;
-            if (takes_turns && group == 0 && step == kLead - 1) common::named_arrive(1, kMathGroups * 128);
         }
         wgmma_wait<0>();
         release(before);
@@ -247,8 +226,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     gemm_kernel(const __grid_constant__ TensorMaps maps, Tiling tiling, Exchange exchange) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ uint8_t shared_memory[];
-    const auto s = Shared<Shape>::at((common::shared_address(shared_memory) + 1023) / 1024 * 1024);
-    const int rank = common::cluster_rank();
+    // By a shuffle, so that addresses are made in uniform registers, once.
+    const uint32_t start = __shfl_sync(~0u, common::shared_address(shared_memory), 0);
+    const auto s = Shared<Shape>::at((start + 1023) / 1024 * 1024);
+    const int rank = common::cluster_rank(), warp = common::uniform_warp();
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::kStages; ++i) {
             common::mbarrier_init(s.full + 8 * i, 1);
@@ -258,21 +239,23 @@ __global__ void __launch_bounds__(kThreads, 1)
             common::mbarrier_init(s.ready + 8 * i, 1);
             common::mbarrier_init(s.staged + 8 * i, 128);
         }
+        for (int i = 0; i < kClaimSlots; ++i) common::mbarrier_init(s.claims.barrier(i), 1);
         common::fence_barrier_init();
     }
+    __syncwarp();
     common::cluster_arrive();
     common::cluster_wait();
 
-    if (threadIdx.x >= kMathGroups * 128) {
+    if (warp >= kMathWarps) {
         lower_registers<kMoveRegisters>();
-        const int warp = threadIdx.x / 32 - kMathWarps;
-        if (threadIdx.x % 32 == 0) {
-            if (warp == 0) load_tiles<Shape>(maps, tiling, s, rank);
-            if (warp == 1 || warp == 2) store_tiles<Shape>(maps, tiling, s, rank, warp - 1);
+        const int mover = warp - kMathWarps;
+        if (common::elect_one()) {
+            if (mover == 0) load_tiles<Shape>(maps, tiling, s, rank);
+            if (mover == 1 || mover == 2) store_tiles<Shape>(maps, tiling, s, rank, mover - 1);
         }
     } else {
         raise_registers<kMathRegisters>();
-        multiply_tiles<T, Shape>(tiling, exchange, s, threadIdx.x / 128);
+        multiply_tiles<T, Shape>(tiling, exchange, s, warp / 4);
     }
     __syncwarp();
     common::cluster_arrive();

@@ -153,7 +153,9 @@ void launch(const Gemm& g, const Plan& plan, const Workspace& workspace, const L
     common::allow_shared_memory(kernel.function, kernel.shared_bytes);
     check_room(kernel, plan, tiling.parts);
     TensorMaps maps = maps_of(g, plan, how.dtype);
-    const Config launch(std::min(common::multiprocessors() / kCluster, tiling.parts), kernel, how.stream);
+    const int clusters = std::min(common::multiprocessors() / kCluster, tiling.parts);
+    tiling.claimed = clusters < tiling.parts && tiling.steps >= kMinClaimedSteps;
+    const Config launch(clusters, kernel, how.stream);
     void* arguments[] = {&maps, &tiling, &exchange};
     CHECK_CUDA(cudaLaunchKernelExC(&launch.config, kernel.function, arguments));
 }

@@ -13,7 +13,9 @@ constexpr int kThreads = (kMathGroups + 1) * 128;
 constexpr int kXBytes = kTileTokens * kStageColumns * 2;
 constexpr int kBoxColumns = 64;  // of a staging buffer: 64 tokens by 64 columns of out
 constexpr int kBufferBytes = kGroupTokens * kBoxColumns * 2;
-constexpr int kBehindBytes = 1024 + 256;  // alignment, barriers
+constexpr int kClaimSlots = 4,
+              kMinClaimedSteps = 16;      // with fewer a slot could be written again before all have read it
+constexpr int kBehindBytes = 1024 + 256;  // alignment, barriers and claims
 constexpr int kMostBytes = 227 << 10;     // of shared memory
 
 // Boxes of weight that make up a tile: as many as blocks bring them, or as parts of the inner dimension finish them.
@@ -41,7 +43,7 @@ struct Shape {
     static_assert(kColumns >= kBoxColumns && kColumns % 16 == 0);
     static_assert(kEpilogue != Epilogue::kResidual || kColumns % kBoxColumns == 0, "its boxes must not overlap");
     static_assert(kEpilogue != Epilogue::kSwiglu || kSplits == 1);
-    static_assert(8 * 2 * (kStages + kMathGroups * kBuffers) <= 256, "room for the barriers");
+    static_assert(8 * 2 * (kStages + kMathGroups * kBuffers) + 12 * kClaimSlots <= 256, "room for barriers, claims");
 };
 
 struct TensorMaps {
@@ -52,6 +54,7 @@ struct Tiling {
     int tiles_tokens, tiles_rows;  // in tiles of a cluster
     int steps;                     // of kStageColumns along the inner dimension
     int parts;                     // of all tiles: what the clusters share out
+    bool claimed;                  // all but the first of each cluster; else a cluster takes every so many-th
 };
 
 // Where the parts of a tile leave sums for each other: a counter for each warp of each block, then the sums.

@@ -1,7 +1,8 @@
 """Matrix products of many tokens on Hopper's tensor cores, with what follows them fused: `csrc/gemm/`.
 
 Every function raises UserError naming the tensor and the shape expected, and KernelBuildError if the kernels cannot be
-built. Tensors are contiguous, 16-byte aligned, bf16 or fp16 on one CUDA device of compute capability 9.0.
+built. Tensors are contiguous, 16-byte aligned, bf16 or fp16 on one CUDA device of compute capability 9.0. Products
+on one device must run one after the other, not on two streams at once: they share scratch memory.
 """
 
 import functools
@@ -112,8 +113,7 @@ def product(
 ) -> torch.Tensor:
     """x [T, K] times weight [N, K], plus residual [T, N] if there is one -> [T, N]; summed in fp32, rounded once.
 
-    In `out` if given, which may be the residual. `plan`: None leaves the choice to default_plan. Plans in parts share
-    scratch memory: on one device such products must run one after the other.
+    In `out` if given, which may be the residual. `plan`: None leaves the choice to default_plan.
     """
     _check_operands("product", x, weight, 8)
     if out is None:
