@@ -192,9 +192,9 @@ def test_products_in_parts_follow_one_another_in_a_graph() -> None:
         assert torch.equal(hidden, expected[0]) and torch.equal(qkv, expected[1])
 
 
-# More tiles than clusters, so that all but the first are claimed: a count that leaves some clusters a tile less
-# than others, 16 steps of the inner dimension, the fewest for which tiles are claimed, 15, for which they are not.
-CLAIMED = ((256, 28672, 4096), (4096, 6144, 1024), (4226, 4096, 2048), (2050, 8208, 960), (700, 16400, 14336))
+# Tokens, N, K of products with so many tiles that clusters claim them, over 16 steps of K, the fewest for that, and
+# more, between others whose clusters do not: of few tiles, of 15 steps.
+CLAIMED = ((4096, 6144, 1024), (256, 28672, 4096), (4226, 4096, 2048), (2050, 8208, 960), (1500, 16400, 14336))
 
 
 def test_every_tile_is_made_once_however_products_follow_each_other() -> None:

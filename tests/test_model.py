@@ -9,7 +9,7 @@ from llama3.checkpoint import load_weights
 from llama3.config import ModelConfig
 from llama3.errors import CapacityError
 from llama3.forward_batch import DecodeBatch, PrefillBatch
-from llama3.kv_cache import KVCache
+from llama3.kv_cache import KVCache, LayerCache
 from llama3.model import Transformer
 from llama3.ops.reference import ReferenceOps
 from llama3.rope import RopeTable
@@ -107,6 +107,19 @@ def test_an_idle_row_returns_zeros_and_writes_nothing(tmp_path: Path) -> None:
     assert torch.all(cache.k[:, 0] == 7.0)
     assert torch.all(cache.v[:, 0] == 7.0)
     assert not torch.all(cache.k[0, 1] == 7.0)
+
+
+@pytest.mark.parametrize("positions", [(0, 1, 2, -1, -1), (-1, 0, 1, 2, -1), (-1, -1, 2, 1, 0), (-1,) * 5])
+def test_rows_that_store_nothing_disturb_none_of_their_own_slot(positions: tuple[int, ...]) -> None:
+    """Nor do they leave anything of their own there."""
+    cache = LayerCache(*torch.full((2, 2, 3, 64, 8), torch.nan).unbind(), blocks_per_slot=1)
+    k, v = torch.randn(2, 5, 3, 8).unbind()
+    cache.write(torch.ones(5, dtype=torch.long), torch.tensor(positions), k, v)
+    stored = {position: row for row, position in enumerate(positions) if position >= 0}
+    for mine, new in ((cache.k, k), (cache.v, v)):
+        for position, row in stored.items():
+            assert torch.equal(mine[1, :, position], new[row])
+        assert mine[0].isnan().all() and mine[1, :, len(stored) :].isnan().all()
 
 
 def test_appending_past_the_cache_raises_and_moves_no_cursor(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ void launch(const Gemm& g, const Plan& plan, const Workspace& workspace, const L
     check_room(kernel, plan, tiling.parts);
     TensorMaps maps = maps_of(g, plan, how.dtype);
     const int clusters = std::min(common::multiprocessors() / kCluster, tiling.parts);
-    tiling.claimed = clusters < tiling.parts && tiling.steps >= kMinClaimedSteps;
+    tiling.claimed = tiling.parts >= kMinClaimedRounds * clusters && tiling.steps >= kMinClaimedSteps;
     const Config launch(clusters, kernel, how.stream);
     void* arguments[] = {&maps, &tiling, &exchange};
     CHECK_CUDA(cudaLaunchKernelExC(&launch.config, kernel.function, arguments));

@@ -13,8 +13,9 @@ constexpr int kThreads = (kMathGroups + 1) * 128;
 constexpr int kXBytes = kTileTokens * kStageColumns * 2;
 constexpr int kBoxColumns = 64;  // of a staging buffer: 64 tokens by 64 columns of out
 constexpr int kBufferBytes = kGroupTokens * kBoxColumns * 2;
-constexpr int kClaimSlots = 4,
-              kMinClaimedSteps = 16;      // with fewer a slot could be written again before all have read it
+constexpr int kMinClaimedRounds = 4;  // of tiles for each cluster: in fewer, clusters do not drift apart
+constexpr int kClaimSlots = 4;
+constexpr int kMinClaimedSteps = 16;      // with fewer a slot could be written again before all have read it
 constexpr int kBehindBytes = 1024 + 256;  // alignment, barriers and claims
 constexpr int kMostBytes = 227 << 10;     // of shared memory
 

@@ -1,9 +1,9 @@
 // Which tiles a cluster works on, and in what order.
 //
-// Its first tile goes by its own number. Where there are more tiles than clusters, each later one is claimed, by one
-// thread, shortly before the tile before has been asked for: if every cluster took each so many-th tile, those that
-// are a little slower would fall behind by several tiles in time, and read operands once more that all others have
-// left long since. The claim is sent to both blocks of the cluster, whose warps read it when they get to it.
+// Its first tile goes by its own number. Of few tiles it then takes every so many-th. Of many each later one is
+// claimed, by one thread, shortly before all of the tile before has been asked for: else clusters that are a little
+// slower would fall behind by several tiles, and read operands once more that all others have left long since. The
+// claim is sent to both blocks of the cluster, whose warps read it when they get to it.
 #pragma once
 #include "common/async.cuh"
 #include "common/cluster.cuh"
