@@ -63,7 +63,7 @@ CLUSTERS = 66  # of an H200
     ("epilogue", "num_rows", "size", "plans"),
     [
         (gemm.PLAIN, 6144, 4096, [(192, 2)]),  # 8B at 256 tokens
-        (gemm.RESIDUAL, 4096, 4096, [(128, 2), (192, 3), (256, 4)]),
+        (gemm.RESIDUAL, 4096, 4096, [(128, 2), (256, 4)]),
         (gemm.RESIDUAL, 4096, 64, []),  # parts would be empty
         (gemm.PLAIN, 128256, 4096, [(256, 1), (192, 1), (128, 1)]),
         (gemm.PLAIN, 8192, 4096, [(128, 1), (256, 2)]),

@@ -4,6 +4,5 @@ template <int kRows, int kSplits>
 using Of = gemm::Shape<gemm::Epilogue::kResidual, kRows, kSplits>;
 
 gemm::Kernel gemm::residual_kernel(const Plan& plan) {
-    return select<__nv_bfloat16, Of<256, 1>, Of<192, 1>, Of<128, 1>, Of<256, 2>, Of<128, 2>, Of<192, 3>, Of<256, 4>>(
-        plan);
+    return select<__nv_bfloat16, Of<256, 1>, Of<192, 1>, Of<128, 1>, Of<256, 2>, Of<128, 2>, Of<256, 4>>(plan);
 }

@@ -58,7 +58,6 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
 #pragma unroll
         for (int i = 0; i < kWeightBoxes; i += kCluster) {
             const int to = i + rank, from = (to + tile.part) % kWeightBoxes;  // first what this part finishes
-            if (kWeightBoxes % kCluster && to == kWeightBoxes) break;
             copy_box_to_blocks(weight + to * kBoxBytes, &maps.weight, full, (tile.first + step) * kStageColumns,
                                tile.row * Shape::kRows + from * Shape::kWeightBoxRows, (1 << kCluster) - 1);
         }

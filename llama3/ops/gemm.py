@@ -37,7 +37,7 @@ WHOLE = Plan()
 # What the kernels are compiled for, in bf16: in fp16 it is WHOLE alone.
 PLANS: dict[int, tuple[Plan, ...]] = {
     PLAIN: (WHOLE, Plan(192), Plan(128), Plan(256, 2), Plan(192, 2), Plan(128, 2), Plan(256, 4)),
-    RESIDUAL: (WHOLE, Plan(192), Plan(128), Plan(256, 2), Plan(128, 2), Plan(192, 3), Plan(256, 4)),
+    RESIDUAL: (WHOLE, Plan(192), Plan(128), Plan(256, 2), Plan(128, 2), Plan(256, 4)),
     SWIGLU: (WHOLE, Plan(224)),
 }
 
