@@ -19,7 +19,6 @@
 #include "gemm/exchange.cuh"
 #include "gemm/params.h"
 #include "gemm/tiles.cuh"
-#include "gemm/weights_ahead.cuh"
 
 namespace gemm {
 
@@ -34,25 +33,25 @@ struct Shared {
     uint32_t full, empty;    // of the ring's stages
     uint32_t ready, staged;  // of the staging buffers: may be filled, are filled
     Claims claims;
-    uint32_t unused;  // 16 bytes that are written and never read
     __device__ __forceinline__ static Shared at(uint32_t base) {
         constexpr int kOfRing = 8 * Shape::kStages, kOfBuffers = 8 * kMathGroups * Shape::kBuffers;
         const uint32_t barriers = base + Shape::kBytes;
         const uint32_t of_buffers = barriers + 2 * kOfRing, of_claims = of_buffers + 2 * kOfBuffers;
-        const Claims claims{of_claims, of_claims + 8 * kClaimSlots};
-        return {base,       base + Shape::kRingBytes, barriers, barriers + kOfRing,
-                of_buffers, of_buffers + kOfBuffers,  claims,   barriers + kUnusedAt};
+        return {base,
+                base + Shape::kRingBytes,
+                barriers,
+                barriers + kOfRing,
+                of_buffers,
+                of_buffers + kOfBuffers,
+                {of_claims, of_claims + 8 * kClaimSlots}};
     }
 };
 
-// Weights are constants: as many as the ring holds are asked for before the previous kernel has ended. All lanes call
-// it.
+// Weights are constants: as many as the ring holds are asked for before the previous kernel has ended.
 template <typename Shape>
-__device__ void load_tiles(const TensorMaps& maps, const Weight& weight, const Tiling& t, const Shared<Shape>& s,
-                           int rank) {
+__device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared<Shape>& s, int rank) {
     constexpr int kWeightBoxes = weight_boxes(Shape::kSplits);
     constexpr int kBoxBytes = Shape::kWeightBoxRows * kStageColumns * 2;
-    const bool elected = common::elect_one();
     const auto load_weight = [&](int slot, int step, const Tile& tile) {
         const uint32_t full = s.full + 8 * slot, weight = s.ring + slot * Shape::kStageBytes + kXBytes;
         common::mbarrier_expect(full, Shape::kStageBytes);
@@ -70,35 +69,26 @@ __device__ void load_tiles(const TensorMaps& maps, const Weight& weight, const T
     TileWalk walk{t, s.claims};
     const Tile first = tile_at<Shape::kSplits>(t, walk.index);
     const int ahead = min(Shape::kStages, first.steps);
-    if (elected)
-        for (int step = 0; step < ahead; ++step) load_weight(step, step, first);
-    WeightsAhead<Shape> soon(weight, {t, s.claims}, rank, s.unused);
-    for (int step = 0; step < ahead; ++step) soon.advance(false);
-    for (int step = 0; step < kAheadSteps; ++step) soon.advance(true);
+    for (int step = 0; step < ahead; ++step) load_weight(step, step, first);
     common::wait_for_previous_kernel();
     common::allow_next_kernel();
     Cursor<Shape::kStages> at;
-    for (int step = 0; step < ahead; ++step, at.advance())
-        if (elected) load_x(step, step, first);
+    for (int step = 0; step < ahead; ++step, at.advance()) load_x(step, step, first);
     static_assert(Shape::kStages <= kMinClaimedSteps - kClaimStep);
-    const bool claims = t.claimed && rank == 0 && elected;
+    const bool claims = t.claimed && rank == 0;
     int step = ahead;
     unsigned claim = 0;
-    for (; !walk.done(); walk.advance(elected)) {
+    for (; !walk.done(); walk.advance(true)) {
         const Tile tile = tile_at<Shape::kSplits>(t, walk.index);
         for (; step < tile.steps; ++step, at.advance()) {
             common::mbarrier_wait(s.empty + 8 * at.slot, at.parity ^ 1);
-            if (elected) {
-                load_weight(at.slot, step, tile);
-                load_x(at.slot, step, tile);
-            }
-            soon.advance(true);
+            load_weight(at.slot, step, tile);
+            load_x(at.slot, step, tile);
             if (claims && step == tile.steps - kClaimStep) claim = claim_tile();
             if (claims && step == tile.steps - kSendStep) send_claim(walk, claim);
         }
         step = 0;
     }
-    common::cp_async_wait_all();
 }
 
 // The first column of box `box` among those that a part finishes. Where boxes do not divide them, the last box starts
@@ -233,7 +223,7 @@ __device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const 
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(kThreads, 1)
-    gemm_kernel(const __grid_constant__ TensorMaps maps, Weight weight, Tiling tiling, Exchange exchange) {
+    gemm_kernel(const __grid_constant__ TensorMaps maps, Tiling tiling, Exchange exchange) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ uint8_t shared_memory[];
     // By a shuffle, so that addresses are made in uniform registers, once.
@@ -259,8 +249,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp >= kMathWarps) {
         lower_registers<kMoveRegisters>();
         const int mover = warp - kMathWarps;
-        if (mover == 0) load_tiles<Shape>(maps, weight, tiling, s, rank);
-        if ((mover == 1 || mover == 2) && common::elect_one()) store_tiles<Shape>(maps, tiling, s, rank, mover - 1);
+        if (common::elect_one()) {
+            if (mover == 0) load_tiles<Shape>(maps, tiling, s, rank);
+            if (mover == 1 || mover == 2) store_tiles<Shape>(maps, tiling, s, rank, mover - 1);
+        }
     } else {
         raise_registers<kMathRegisters>();
         multiply_tiles<T, Shape>(tiling, exchange, s, warp / 4);
