@@ -75,7 +75,7 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
     Cursor<Shape::kStages> at;
     for (int step = 0; step < ahead; ++step, at.advance()) load_x(step, step, first);
     static_assert(Shape::kStages <= kMinClaimedSteps - kClaimStep);
-    const bool claims = t.claimed && rank == 0;
+    const bool claims_tiles = t.claimed && rank == 0;
     int step = ahead;
     unsigned claim = 0;
     for (; !walk.done(); walk.advance(true)) {
@@ -84,8 +84,8 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
             common::mbarrier_wait(s.empty + 8 * at.slot, at.parity ^ 1);
             load_weight(at.slot, step, tile);
             load_x(at.slot, step, tile);
-            if (claims && step == tile.steps - kClaimStep) claim = claim_tile();
-            if (claims && step == tile.steps - kSendStep) send_claim(walk, claim);
+            if (claims_tiles && step == tile.steps - kClaimStep) claim = claim_tile();
+            if (claims_tiles && step == tile.steps - kSendStep) send_claim(walk, claim);
         }
         step = 0;
     }

@@ -15,7 +15,7 @@ constexpr int kGroupTiles = 8;  // tiles of a cluster's tokens that meet a tile 
 constexpr int kClaimStep = 8, kSendStep = 4;  // before a tile's last step: the answer takes a microsecond, a step 0.35
 
 // Of all clusters, in kernels of this translation unit: they run one after the other. Back at 0 after each.
-static __device__ unsigned claims;
+static __device__ unsigned num_claimed;
 
 // A part of a tile, which is all of it if the inner dimension is not split.
 struct Tile {
@@ -74,13 +74,13 @@ struct TileWalk {
 
 // The number of this claim. It is looked at a few steps later, when the answer is here.
 __device__ __forceinline__ unsigned claim_tile() {
-    return atomicAdd(&claims, 1u);
+    return atomicAdd(&num_claimed, 1u);
 }
 
 // The tile that a claim stands for, to where `walk` will look for its next, in both blocks. There are as many claims as
 // tiles, of which the last ones find none: the very last makes way for the next kernel.
 __device__ __forceinline__ void send_claim(const TileWalk& walk, unsigned claim) {
-    if (claim == walk.t.parts - 1) claims = 0;
+    if (claim == walk.t.parts - 1) num_claimed = 0;
     const int slot = walk.at.slot, index = gridDim.x / kCluster + claim;
     for (int rank = 0; rank < kCluster; ++rank)
         common::send(common::in_block(walk.claims.number(slot), rank),
