@@ -57,11 +57,6 @@ __device__ __forceinline__ void cp_async_16(uint32_t target, const void* source)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
 
-// The same, and the 256 bytes around them go to L2.
-__device__ __forceinline__ void cp_async_16_of_256(uint32_t target, const void* source) {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
-}
-
 __device__ __forceinline__ void cp_async_4(uint32_t target, const void* source) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
 }
@@ -73,10 +68,6 @@ __device__ __forceinline__ void cp_async_commit() {
 template <int kOpen>
 __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
-}
-
-__device__ __forceinline__ void cp_async_wait_all() {
-    asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 __device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {

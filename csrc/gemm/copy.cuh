@@ -49,17 +49,6 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&a
                  : "memory");
 }
 
-// A word that other warps look at again and again.
-__device__ __forceinline__ void store_shared(uint32_t address, int value) {
-    asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ int load_shared(uint32_t address) {
-    int value;
-    asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-    return value;
-}
-
 // Registers of this warpgroup's threads; all warps of the warpgroup call it.
 template <int kCount>
 __device__ __forceinline__ void raise_registers() {

@@ -7,7 +7,6 @@
 //   load     x and weight, 64 columns of the inner dimension a stage, into a ring    runs ahead into the next tile
 //   math     ring -> accumulators -> staging buffers
 //   store    staging buffers -> out; brings the residual into a buffer before math fills it
-//   ahead    weights to L2, before the ring asks for them
 //
 // Where tiles are fewer than clusters, the inner dimension of each is shared out among kSplits clusters, which exchange
 // sums before the epilogue (exchange.cuh). Then every cluster has one part of one tile.
@@ -25,7 +24,6 @@ namespace gemm {
 
 using common::operand, common::wgmma, common::wgmma_commit, common::wgmma_fence, common::wgmma_wait;
 
-constexpr int kAheadSteps = 8;
 constexpr int kMathRegisters = 232, kMoveRegisters = 40;
 static_assert(kMathRegisters * 256 + kMoveRegisters * 128 <= 65536 / kThreads / 8 * 8 * kThreads);
 
@@ -35,22 +33,17 @@ struct Shared {
     uint32_t full, empty;    // of the ring's stages
     uint32_t ready, staged;  // of the staging buffers: may be filled, are filled
     Claims claims;
-    uint32_t loaded;  // steps that the ring has asked for
-    uint32_t unused;  // is written and never read
     __device__ __forceinline__ static Shared at(uint32_t base) {
         constexpr int kOfRing = 8 * Shape::kStages, kOfBuffers = 8 * kMathGroups * Shape::kBuffers;
         const uint32_t barriers = base + Shape::kBytes;
         const uint32_t of_buffers = barriers + 2 * kOfRing, of_claims = of_buffers + 2 * kOfBuffers;
-        const Claims claims{of_claims, of_claims + 8 * kClaimSlots};
         return {base,
                 base + Shape::kRingBytes,
                 barriers,
                 barriers + kOfRing,
                 of_buffers,
                 of_buffers + kOfBuffers,
-                claims,
-                barriers + kLoadedAt,
-                barriers + kUnusedAt};
+                {of_claims, of_claims + 8 * kClaimSlots}};
     }
 };
 
@@ -83,7 +76,7 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
     for (int step = 0; step < ahead; ++step, at.advance()) load_x(step, step, first);
     static_assert(Shape::kStages <= kMinClaimedSteps - kClaimStep);
     const bool claims_tiles = t.claimed && rank == 0;
-    int step = ahead, loaded = ahead;
+    int step = ahead;
     unsigned claim = 0;
     for (; !walk.done(); walk.advance(true)) {
         const Tile tile = tile_at<Shape::kSplits>(t, walk.index);
@@ -91,38 +84,11 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
             common::mbarrier_wait(s.empty + 8 * at.slot, at.parity ^ 1);
             load_weight(at.slot, step, tile);
             load_x(at.slot, step, tile);
-            if (!t.claimed) store_shared(s.loaded, ++loaded);
             if (claims_tiles && step == tile.steps - kClaimStep) claim = claim_tile();
             if (claims_tiles && step == tile.steps - kSendStep) send_claim(walk, claim);
         }
         step = 0;
     }
-}
-
-// Weights to L2 kAheadSteps before the ring asks for them: from memory a stage comes 1.7 us after it was given back,
-// and the ring holds less than that. All lanes call it. Where tiles are claimed, their weights are in L2 anyway.
-template <typename Shape>
-__device__ void ask_ahead(const Weight& weight, const Tiling& t, const Shared<Shape>& s, int rank) {
-    if (t.claimed) return;
-    constexpr int kRows = Shape::kRows / kCluster;  // this block's half
-    int position = 0;
-    for (TileWalk walk{t, s.claims}; !walk.done(); walk.advance()) {
-        const Tile tile = tile_at<Shape::kSplits>(t, walk.index);
-        const int first_row = tile.row * Shape::kRows + rank * kRows;
-        for (int step = 0; step < tile.steps; ++step, ++position) {
-            // 16 bytes of a row bring 256 to L2, two steps' worth.
-            if (position < Shape::kStages || (step > 0 && (tile.first + step) % 2)) continue;
-            while (position >= load_shared(s.loaded) + kAheadSteps) __nanosleep(100);
-            const uint8_t* column = weight.data + int64_t(tile.first + step) * (kStageColumns * 2);
-#pragma unroll
-            for (int i = 0; i < kRows; i += 32) {
-                const int of_block = i + threadIdx.x % 32, row = first_row + of_block;
-                if (of_block < kRows && row < weight.rows)
-                    common::cp_async_16_of_256(s.unused, column + int64_t(row) * weight.row_bytes);
-            }
-        }
-    }
-    common::cp_async_wait_all();
 }
 
 // The first column of box `box` among those that a part finishes. Where boxes do not divide them, the last box starts
@@ -257,7 +223,7 @@ __device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const 
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(kThreads, 1)
-    gemm_kernel(const __grid_constant__ TensorMaps maps, Weight weight, Tiling tiling, Exchange exchange) {
+    gemm_kernel(const __grid_constant__ TensorMaps maps, Tiling tiling, Exchange exchange) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ uint8_t shared_memory[];
     // By a shuffle, so that addresses are made in uniform registers, once.
@@ -274,7 +240,6 @@ __global__ void __launch_bounds__(kThreads, 1)
             common::mbarrier_init(s.staged + 8 * i, 128);
         }
         for (int i = 0; i < kClaimSlots; ++i) common::mbarrier_init(s.claims.barrier(i), 1);
-        store_shared(s.loaded, 0);
         common::fence_barrier_init();
     }
     __syncwarp();
@@ -284,11 +249,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp >= kMathWarps) {
         lower_registers<kMoveRegisters>();
         const int mover = warp - kMathWarps;
-        if (mover == 3) {
-            ask_ahead<Shape>(weight, tiling, s, rank);
-        } else if (common::elect_one()) {
+        if (common::elect_one()) {
             if (mover == 0) load_tiles<Shape>(maps, tiling, s, rank);
-            if (mover != 0) store_tiles<Shape>(maps, tiling, s, rank, mover - 1);
+            if (mover == 1 || mover == 2) store_tiles<Shape>(maps, tiling, s, rank, mover - 1);
         }
     } else {
         raise_registers<kMathRegisters>();

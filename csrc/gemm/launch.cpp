@@ -156,8 +156,7 @@ void launch(const Gemm& g, const Plan& plan, const Workspace& workspace, const L
     const int clusters = std::min(common::multiprocessors() / kCluster, tiling.parts);
     tiling.claimed = tiling.parts >= kMinClaimedRounds * clusters && tiling.steps >= kMinClaimedSteps;
     const Config launch(clusters, kernel, how.stream);
-    Weight weight{static_cast<const uint8_t*>(g.weight), g.num_rows, g.size * 2};
-    void* arguments[] = {&maps, &weight, &tiling, &exchange};
+    void* arguments[] = {&maps, &tiling, &exchange};
     CHECK_CUDA(cudaLaunchKernelExC(&launch.config, kernel.function, arguments));
 }
 

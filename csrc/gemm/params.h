@@ -15,10 +15,9 @@ constexpr int kBoxColumns = 64;  // of a staging buffer: 64 tokens by 64 columns
 constexpr int kBufferBytes = kGroupTokens * kBoxColumns * 2;
 constexpr int kMinClaimedRounds = 4;  // of tiles for each cluster: in fewer, clusters do not drift apart
 constexpr int kClaimSlots = 4;
-constexpr int kMinClaimedSteps = 16;                 // with fewer a slot could be written again before all have read it
-constexpr int kLoadedAt = 224, kUnusedAt = 240;      // behind barriers and claims; 4 and 16 bytes
-constexpr int kBehindBytes = 1024 + kUnusedAt + 16;  // the first are for alignment
-constexpr int kMostBytes = 227 << 10;                // of shared memory
+constexpr int kMinClaimedSteps = 16;      // with fewer a slot could be written again before all have read it
+constexpr int kBehindBytes = 1024 + 256;  // alignment, barriers and claims
+constexpr int kMostBytes = 227 << 10;     // of shared memory
 
 // Boxes of weight that make up a tile: as many as blocks bring them, or as parts of the inner dimension finish them.
 constexpr int weight_boxes(int splits) {
@@ -45,17 +44,11 @@ struct Shape {
     static_assert(kColumns >= kBoxColumns && kColumns % 16 == 0);
     static_assert(kEpilogue != Epilogue::kResidual || kColumns % kBoxColumns == 0, "its boxes must not overlap");
     static_assert(kEpilogue != Epilogue::kSwiglu || kSplits == 1);
-    static_assert(8 * 2 * (kStages + kMathGroups * kBuffers) + 12 * kClaimSlots <= kLoadedAt, "room for them");
+    static_assert(8 * 2 * (kStages + kMathGroups * kBuffers) + 12 * kClaimSlots <= 256, "room for barriers, claims");
 };
 
 struct TensorMaps {
     CUtensorMap x, weight, residual, out;  // boxes of 128, kWeightBoxRows, 64 and 64 rows by 64 columns
-};
-
-// The same weights, for ordinary loads.
-struct Weight {
-    const uint8_t* data;
-    int rows, row_bytes;
 };
 
 struct Tiling {
