@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from llama3 import ops
 from llama3.answer import Answer
+from llama3.collector import spared_old_objects
 from llama3.engine import Engine
 from llama3.errors import RequestError, TokenizerError, UserError
 from llama3.loaded_model import LoadedModel
@@ -115,6 +116,7 @@ class LLM:
         """What is used where the caller gives no parameters: generation_config.json's values, else the class's."""
         return SamplingParams(**self._sampling_defaults)
 
+    @spared_old_objects()
     def generate(
         self,
         prompts: Prompt | Items[Prompt],
@@ -188,9 +190,10 @@ class LLM:
         answer = self._answers(0, self._encode(prompt, params), params)[0]
         self._num_requests += 1
         sent = 0
-        for _ in self._run([answer], use_tqdm=False):
-            yield from answer.pieces[sent:]
-            sent = len(answer.pieces)
+        with spared_old_objects():
+            for _ in self._run([answer], use_tqdm=False):
+                yield from answer.pieces[sent:]
+                sent = len(answer.pieces)
 
     def _params_list(
         self, sampling_params: SamplingParams | Items[SamplingParams] | None, count: int

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llama3
 from llama3 import LLM, SamplingParams, UserError
+from llama3.engine import Engine
 from llama3.errors import CapacityError, DeviceError, RequestError, TokenizerError
 from llama3.plan import CALL_SIZES, RESERVE_FRACTION, MemoryPlan, activation_bytes
 from llama3.shapes import shape_config
@@ -134,6 +135,22 @@ def test_an_abandoned_stream_leaves_the_engine_usable(llm: LLM) -> None:
         llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
     stream.close()
     assert texts(llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)) == expected
+
+
+def test_generating_is_spared_collections_of_what_was_there_before(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen, step = [], Engine.step
+
+    def watched(engine: Engine) -> list:
+        frozen.append(gc.get_freeze_count())
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", watched)
+    llm.generate(PROMPTS[0], SamplingParams(max_tokens=4))
+    assert gc.get_freeze_count() == 0
+    stream = llm.stream(PROMPTS[0], SamplingParams(max_tokens=4))
+    next(stream)
+    stream.close()
+    assert gc.get_freeze_count() == 0 and len(frozen) >= 5 and min(frozen) > 0
 
 
 def test_logprobs_and_n(llm: LLM) -> None:
