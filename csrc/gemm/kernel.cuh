@@ -201,16 +201,9 @@ __device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const 
     for (TileWalk walk{t, s.claims}; !walk.done(); walk.advance()) {
         const Tile tile = tile_at<Shape::kSplits>(t, walk.index);
         float d[Shape::kFragment];
-        int before = -1;  // the stage that is still to be given back
+        int before = 0;
         for (int step = 0; step < tile.steps; ++step, at.advance()) {
-            const uint32_t full = s.full + 8 * at.slot;
-            if (!common::mbarrier_try_wait(full, at.parity)) {
-                // Nothing to multiply for a while: the stage before must not wait for that as well.
-                wgmma_wait<0>();
-                if (before >= 0) release(before);
-                before = -1;
-                common::mbarrier_wait(full, at.parity);
-            }
+            common::mbarrier_wait(s.full + 8 * at.slot, at.parity);
             const int stage = at.slot * (Shape::kStageBytes / 16);  // in the units of operands
             wgmma_fence();
 #pragma unroll
@@ -218,7 +211,7 @@ __device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const 
                 wgmma<T, Shape::kRows>(d, first_x + stage + 2 * k, first_weight + stage + 2 * k, k > 0 || step > 0);
             wgmma_commit();
             wgmma_wait<1>();
-            if (before >= 0) release(before);
+            if (step > 0) release(before);
             before = at.slot;
         }
         wgmma_wait<0>();
