@@ -81,23 +81,26 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     common::wait_for_previous_kernel();
     Finisher<kTokens, kForm> finisher(p, b);
     finisher.begin();
-    const int last_step = p.splits > 1 ? max(finisher.own.last_step(p), 0) : b.steps;  // before peers may send
+    const int last_step = p.splits > 1 ? finisher.own.last_step(p) : b.steps;  // before peers may send
 
     Sums<kTokens, kRows> sums(p);
     const bool multiplies = sums.kGroups == 2 || common::uniform_warp() < 4;
     if (multiplies) {
         Cursor at;
+        int before = 0;
 #pragma unroll 1
         for (int step = 0; step < b.steps; ++step) {
             common::mbarrier_wait(b.full(at.stage), at.phase);
             sums.multiply(b.base + at.stage * row_bytes(p.tile_rows),
                           b.base + p.x_offset + at.stage * row_bytes(kTokens), step);
             wgmma_commit();
-            wgmma_wait<0>();  // memory binds: a stage that is given back at once is one more under way
-            if (lane == 0) common::mbarrier_arrive(b.empty(at.stage));
-            if (step == last_step) allow_sending(p, b, lane);
+            wgmma_wait<1>();
+            if (step > 0 && lane == 0) common::mbarrier_arrive(b.empty(before));
+            if (step == last_step + 1) allow_sending(p, b, lane);
+            before = at.stage;
             at.advance(p.stages);
         }
+        wgmma_wait<0>();
     }
     if (p.splits == 1) {
         finisher.wait_for_scales();
@@ -105,6 +108,7 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
         return;
     }
     if (multiplies) {
+        if (last_step + 1 >= b.steps) allow_sending(p, b, lane);
         finisher.send_sums(sums);
     } else {
         common::cluster_wait();
