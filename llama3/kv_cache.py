@@ -26,16 +26,14 @@ class LayerCache:
 
     def write(self, slots: torch.Tensor, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store k, v [T, num_kv_heads, head_dim] at positions [T] of slots [T]; a negative position stores nothing."""
-        # A row that stores nothing repeats one that does, or else keeps what is there: selecting by `where` instead of
-        # by shape spares a host read, and what it kept could be what another row has just replaced.
+        # A row that stores nothing repeats one that does, or where none does keeps what is there: selecting by `where`
+        # instead of by shape spares a host read, and a value kept could be what another row has just replaced.
         stores = positions >= 0
         source = torch.where(stores, torch.arange(len(stores), device=stores.device), stores.int().argmax())
-        slots, positions, k, v = slots[source], positions[source], k[source], v[source]
-        active = (positions >= 0)[:, None, None]
-        positions = positions.clamp(min=0)
+        slots, positions, k, v = (tensor[source] for tensor in (slots, positions.clamp(min=0), k, v))
         blocks, rows = slots * self.blocks_per_slot + positions // BLOCK_SIZE, positions % BLOCK_SIZE
         for cache, new in ((self.k, k), (self.v, v)):
-            cache[blocks, :, rows] = torch.where(active, new, cache[blocks, :, rows])
+            cache[blocks, :, rows] = torch.where(stores.any(), new, cache[blocks, :, rows])
 
     def read(self, slots: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `length` positions of slots [B]: k and v as [B, num_kv_heads, length, head_dim] copies."""
