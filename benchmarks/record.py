@@ -18,6 +18,7 @@ from llama3.config import SUPPORTED_DTYPES, ModelConfig, RopeScaling
 from llama3.errors import ConfigError
 
 FORMAT = 1
+DROPPED = "repetitions of long cases were dropped, and the figures say which"
 
 
 @dataclass
@@ -60,8 +61,19 @@ class Record:
     notes: list[str] = field(default_factory=list)
 
     def add(self, measurement: Measurement) -> None:
-        """Append, in place of an earlier one of the same engine, case and sampling."""
-        self.measurements = [m for m in self.measurements if m.key != measurement.key] + [measurement]
+        """Append, or take the place of an earlier one of the same engine, case and sampling."""
+        keys = [m.key for m in self.measurements]
+        if measurement.key in keys:
+            self.measurements[keys.index(measurement.key)] = measurement
+        else:
+            self.measurements.append(measurement)
+
+    def note_dropped(self, repeats: int) -> None:
+        """Note which engines ran a case less often than asked; of an earlier run's word on it nothing need hold now."""
+        names = {m.engine: None for m in self.measurements if m.timing and len(m.timing.total) < repeats}
+        self.notes = [note for note in self.notes if not note.endswith(DROPPED)]
+        if names:
+            self.notes.append(f"time budget ({', '.join(names)}): {DROPPED}")
 
     def find(self, engine: str, case: Case, sampling: str) -> Measurement | None:
         return next((m for m in self.measurements if m.key == (engine, case, sampling)), None)

@@ -109,17 +109,9 @@ class Session:
             for suite in self.suites:
                 suite.save()
         for suite in self.suites:
-            self._note_dropped(suite.record)
+            suite.record.note_dropped(self.repeats)
             suite.save()
         return [suite.record for suite in self.suites]
-
-    def _note_dropped(self, record: Record) -> None:
-        names = [mode.name for mode in self.modes]
-        timings = [m.timing for m in record.measurements if m.engine in names and m.timing]
-        if any(len(timing.total) < self.repeats for timing in timings):
-            record.notes.append(
-                f"time budget ({', '.join(names)}): repetitions of long cases were dropped, and the figures say which"
-            )
 
     def _work(self, mode: EngineMode) -> list[_Work]:
         limit = self._limit(mode)

@@ -15,7 +15,7 @@ from benchmarks.csv_file import COLUMNS, write_csv
 from benchmarks.engines import MODES
 from benchmarks.hardware_csv import read_hardware_csv
 from benchmarks.metrics import Timing, compute_metrics
-from benchmarks.record import Measurement, Record
+from benchmarks.record import DROPPED, Measurement, Record
 from benchmarks.throughput_tables import figures_table, floors_table, startup_table, throughput_tables
 from llama3.errors import ConfigError, RequestError
 from tests import benchmark_records as records
@@ -224,6 +224,22 @@ def test_a_second_measurement_takes_the_place_of_the_first():
     again = Measurement("ours", Case(1, 128, 128), "mission", error="later")
     record.add(again)
     assert len(record.measurements) == 8 and record.find("ours", Case(1, 128, 128), "mission") is again
+    assert record.measurements.index(again) == record.cases().index(again.case) == 4
+
+
+def test_dropped_repetitions_are_noted_while_there_are_any():
+    record = records.make_record({"ours": 0.001, "vllm-default": 0.002})
+    record.notes.append("another note")
+    last = record.measurements[-1]
+    record.add(replace(last, timing=Timing(last.timing.total[:1], last.timing.one_token[:1])))
+    record.note_dropped(repeats=3)
+    said = ["another note", f"time budget (vllm-default): {DROPPED}"]
+    assert record.notes == said
+    record.note_dropped(repeats=3)
+    assert record.notes == said
+    record.add(last)
+    record.note_dropped(repeats=3)
+    assert record.notes == ["another note"]
 
 
 def test_a_plot_is_small_and_knows_its_data(tmp_path):
