@@ -19,7 +19,7 @@ from llama3.loaded_model import LoadedModel
 from llama3.model import Transformer
 from llama3.outputs import RequestOutput
 from llama3.plan import CALL_SIZES, MemoryPlan
-from llama3.prompts import Prompt, as_prompt_list, check_params, encode_prompt
+from llama3.prompts import Prompt, as_prompt_list, check_params, encode_prompt, encode_texts
 from llama3.rope import RopeTable
 from llama3.sampling_params import SamplingParams
 from llama3.sequence import Sequence
@@ -135,7 +135,8 @@ class LLM:
         prompt_list = as_prompt_list(prompts)
         params_list = self._params_list(sampling_params, len(prompt_list))
         ids_list, errors = [], {}
-        for index, (prompt, params) in enumerate(zip(prompt_list, params_list, strict=True)):
+        encoded = encode_texts(prompt_list, self._tokenizer)
+        for index, (prompt, params) in enumerate(zip(encoded, params_list, strict=True)):
             try:
                 ids_list.append(self._encode(prompt, params))
             except UserError as error:
@@ -170,16 +171,17 @@ class LLM:
         """Answer one conversation (a list of {"role", "content"}) or a list of them, through the chat template."""
         is_one = bool(messages) and isinstance(messages[0], dict)
         conversations: list[Any] = [messages] if is_one else list(messages)
-        prompts = [
-            self.chat_prompt(conversation, add_generation_prompt=add_generation_prompt, **template_kwargs)
-            for conversation in conversations
-        ]
-        return self.generate(prompts, sampling_params, use_tqdm)
+        template_kwargs["add_generation_prompt"] = add_generation_prompt
+        return self.generate(self._chat_prompts(conversations, template_kwargs), sampling_params, use_tqdm)
 
     def chat_prompt(self, messages: Items[Message], **template_kwargs: Any) -> list[int]:
         """Token ids of a conversation; the template writes the begin-of-text itself, so none is added."""
+        return self._chat_prompts([messages], template_kwargs)[0]
+
+    def _chat_prompts(self, conversations: Items[Items[Message]], template_kwargs: dict[str, Any]) -> list[list[int]]:
         tokenizer = self.get_tokenizer()
-        return tokenizer.encode(tokenizer.apply_chat_template(messages, **template_kwargs), add_special_tokens=False)
+        texts = [tokenizer.apply_chat_template(messages, **template_kwargs) for messages in conversations]
+        return tokenizer.encode_batch(texts, add_special_tokens=False)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[str]:
         """The text of one completion as it comes, in pieces that never split a character. n must be 1."""

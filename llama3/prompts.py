@@ -1,5 +1,6 @@
 """Prompts as callers give them, turned into token ids or into an error that says what is wrong."""
 
+import contextlib
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from numbers import Integral
@@ -10,6 +11,9 @@ from llama3.sampling_params import SamplingParams
 from llama3.tokenizer import Tokenizer
 
 Prompt = str | Items[int]
+
+# Texts that the tokenizer gets at once: enough for every core, and little to hold beside the ids.
+TEXTS_AT_ONCE = 1024
 
 
 def as_prompt_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
@@ -30,6 +34,21 @@ def as_prompt_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
 def is_token_id(value: object) -> bool:
     """Integers of any library, but not booleans."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def encode_texts(prompts: Items[Prompt], tokenizer: Tokenizer | None) -> list[Prompt]:
+    """The prompts with token ids in place of texts, encoded on all cores. A text that has none stays for
+    `encode_prompt`, which says why, and with it the few that were to be encoded along with it."""
+    encoded = list(prompts)
+    texts = [(index, prompt) for index, prompt in enumerate(prompts) if isinstance(prompt, str) and prompt]
+    if tokenizer is None:
+        return encoded
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        indices, batch = zip(*texts[start : start + TEXTS_AT_ONCE], strict=True)
+        with contextlib.suppress(RequestError):
+            for index, ids in zip(indices, tokenizer.encode_batch(batch), strict=True):
+                encoded[index] = ids
+    return encoded
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, max_model_len: int) -> list[int]:

@@ -1,7 +1,8 @@
 """How one request is to be sampled and when it ends; names and defaults follow vLLM's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from llama3.errors import RequestError
 
@@ -15,7 +16,8 @@ class SamplingParams:
     min_p: then those at least this fraction as likely as the likeliest. Tokens tied with the last one kept stay.
     max_tokens: most tokens to generate; None means as many as the context has room for.
     min_tokens: no stop token is drawn before this many.
-    stop: strings that end the answer (left out of the text). stop_token_ids: more ids that end it.
+    stop: a string that ends the answer (left out of the text), or several. stop_token_ids: more ids that end it. For
+    both, None is none.
     ignore_eos: generate past the model's own stop ids. seed: makes the draws depend on it and the position alone.
     logprobs: report this many most likely tokens a position, and the drawn one: log-softmax of the raw logits.
     n: how many answers. skip_special_tokens: leave special tokens out of the text.
@@ -27,7 +29,7 @@ class SamplingParams:
     min_p: float = 0.0
     max_tokens: int | None = 16
     min_tokens: int = 0
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     seed: int | None = None
@@ -37,8 +39,9 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        stop_strings = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop_strings = as_tuple(self.stop)
         object.__setattr__(self, "stop_strings", stop_strings)
+        object.__setattr__(self, "stop_token_ids", as_tuple(self.stop_token_ids))
         for name, ok, allowed in (
             ("temperature", is_number(self.temperature) and 0 <= self.temperature < float("inf"), "a number >= 0"),
             ("top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "in (0, 1]"),
@@ -58,6 +61,13 @@ class SamplingParams:
         ):
             if not ok:
                 raise RequestError(f"SamplingParams: {name} is {getattr(self, name)!r}; it must be {allowed}")
+
+
+def as_tuple(value: object) -> tuple[Any, ...]:
+    """One value or many; none for None."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
 
 
 def is_at_least(value: object, least: int) -> bool:

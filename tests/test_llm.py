@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llama3
-from llama3 import LLM, SamplingParams, UserError
+from llama3 import LLM, SamplingParams, UserError, prompts
 from llama3.engine import Engine
 from llama3.errors import CapacityError, DeviceError, RequestError, TokenizerError
 from llama3.plan import CALL_SIZES, RESERVE_FRACTION, MemoryPlan, activation_bytes
@@ -219,6 +219,20 @@ def test_a_bad_prompt_can_be_recorded_while_the_others_run(llm: LLM) -> None:
     assert [o.error is None for o in outputs] == [True, False, False]
     assert "600 tokens" in (outputs[2].error or "")
     assert outputs[1].outputs == [] and [o.request_id for o in outputs] == ["0", "1", "2"]
+
+
+def test_texts_are_encoded_together_and_only_bad_ones_stay(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "TEXTS_AT_ONCE", 2)
+    tokenizer = llm.get_tokenizer()
+    given = ["x = 1", [5, 6], "", "y", "\ud800", "z", "é"]
+    encode = tokenizer.encode
+    expected = [encode("x = 1"), [5, 6], "", encode("y"), "\ud800", "z", encode("é")]  # "z" went with the surrogate
+    assert prompts.encode_texts(given, tokenizer) == expected
+    assert prompts.encode_texts(given, None) == given
+    outputs = llm.generate(given, GREEDY, use_tqdm=False, on_error="record")
+    assert [bool(output.error) for output in outputs] == [False, False, True, False, True, False, False]
+    assert [output.prompt for output in outputs] == ["x = 1", None, "", "y", "\ud800", "z", "é"]
+    assert "lone surrogate" in (outputs[4].error or "")
 
 
 @pytest.mark.parametrize(

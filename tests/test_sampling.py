@@ -1,5 +1,7 @@
 """Sampling against exact distributions, transformers' filters, and an independent Philox."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -166,6 +168,7 @@ def test_philox_equals_the_published_vectors() -> None:
         ({"min_tokens": 20, "max_tokens": 10}, "min_tokens is 20; it must be between 0 and max_tokens"),
         ({"stop": ""}, "stop is ''; it must be a non-empty string"),
         ({"stop": [1]}, r"stop is \[1\]"),
+        ({"stop": 1}, "stop is 1; it must be a non-empty string or a list of them"),
         ({"stop_token_ids": ["x"]}, "stop_token_ids is"),
         ({"seed": -1}, "seed is -1"),
         ({"logprobs": -1}, "logprobs is -1"),
@@ -175,3 +178,13 @@ def test_philox_equals_the_published_vectors() -> None:
 def test_bad_parameters_are_named(values: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(**values)
+
+
+@pytest.mark.parametrize(("stop", "strings"), [(None, ()), ("a", ("a",)), (["a", "b"], ("a", "b"))])
+def test_one_stop_many_or_none(stop: str | list[str] | None, strings: tuple[str, ...]) -> None:
+    assert SamplingParams(stop=stop).stop_strings == strings
+
+
+@pytest.mark.parametrize(("ids", "kept"), [(None, ()), (5, (5,)), ({5}, (5,)), ([5, 6], (5, 6))])
+def test_one_stop_id_many_or_none(ids: Any, kept: tuple[int, ...]) -> None:
+    assert SamplingParams(stop_token_ids=ids).stop_token_ids == kept
