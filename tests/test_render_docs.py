@@ -201,3 +201,25 @@ def test_what_a_run_of_the_op_benchmark_does_not_measure_is_said_to_be_missing()
         "| 1B o                    |           | 4.0 (50%) |",
         "| 1B qkv                  | 4.0 (50%) |           |",
     ]
+
+
+# The log is a dated record and tells its figures itself.
+PROSE = [path for path in documents(ROOT) if path.name != "log.md"]
+MEASURED = re.compile(r"\d\s?(?:to \d[\d.]* )?(?:µs|us|ms|%|[MG]Hz|W|[GT]B/s|TFLOP/s|tok/s)(?![\w/])")
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)
+def test_prose_leaves_measured_figures_to_sections(path: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`]*`", "", render_docs.SECTION.sub("", path.read_text()), flags=re.DOTALL)
+    found = [" ".join(text[max(0, m.start() - 40) : m.end()].split()) for m in MEASURED.finditer(text)]
+    assert found == [], "a figure that was measured belongs into a result file and a section that shows it"
+
+
+@pytest.mark.parametrize("text", ["takes 3.5 µs", "97 %", "1 to 2 ms a step", "at 4.6 TB/s", "690 W"])
+def test_what_counts_as_a_measured_figure(text: str) -> None:
+    assert MEASURED.search(text)
+
+
+@pytest.mark.parametrize("text", ["32 KB", "16 tokens", "top-p 0.9", "2 warps", "1 µsomething"])
+def test_what_does_not(text: str) -> None:
+    assert not MEASURED.search(text)

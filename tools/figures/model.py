@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from benchmarks import plots as model_plots
 from benchmarks import sections as model_sections
+from benchmarks.peaks import KNOWN
+from benchmarks.text_table import markdown_table, number
 from tools.figures.provider import Plot, Results
 
 
 def sections(results: Results) -> dict[str, str]:
-    return model_sections.sections(list(results.values()))
+    return model_sections.sections(list(results.values())) | {"known-peaks": _known_peaks()}
+
+
+def _known_peaks() -> str:
+    rows = [[gpu, number(flops / 1e12, 0), number(bandwidth / 1e12, 3)] for gpu, (flops, bandwidth) in KNOWN.items()]
+    return markdown_table(["GPU", "matrix product, TFLOP/s", "read bandwidth, TB/s"], rows)
 
 
 def plots(results: Results) -> dict[str, Plot]:
