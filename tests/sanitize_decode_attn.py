@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from decode_attn_helpers import Case, assert_close, make_case, truth
 
+from benchmarks.json_file import write_json
 from llama3.ops import decode_attn as ops
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -86,7 +87,7 @@ def main() -> None:
         jobs = [(tool, *part) for tool in args.tools.split(",") for part in PARTS]
         with ThreadPoolExecutor(args.at_once) as pool:
             found = list(pool.map(lambda job: run_tool(*job), jobs))
-        args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "runs": found}, indent=1) + "\n")
+        write_json({"gpu": torch.cuda.get_device_name(), "runs": found}, args.json)
         print(json.dumps(found))
     else:
         print(f"{sum(launch_part(*part) for part in PARTS)} launches checked")
