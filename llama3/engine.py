@@ -15,7 +15,7 @@ from llama3.device import to_device
 from llama3.kv_cache import BLOCK_SIZE, KVCache
 from llama3.model import Transformer
 from llama3.plan import free_memory
-from llama3.runner import PendingTokens, Runner, StepOptions, steps_at_once
+from llama3.runner import GRAPH_STEPS, PendingTokens, Runner, StepOptions
 from llama3.scheduler import PrefillWork, Scheduler
 from llama3.sequence import Sequence
 
@@ -160,8 +160,7 @@ class Engine:
             return False
         options = StepOptions.of(sequences)
         one_by_one = options.num_logprobs is not None or self.device.type != "cuda"
-        at_once = 1 if one_by_one else steps_at_once(max(s.row for s in sequences) + 1)
-        num_steps = min(at_once, max(s.max_tokens - s.num_scheduled for s in sequences))
+        num_steps = 1 if one_by_one else min(GRAPH_STEPS, max(s.max_tokens - s.num_scheduled for s in sequences))
         counts = [min(num_steps, s.max_tokens - s.num_scheduled) for s in sequences]
         self.cache.reserve([s.slot for s in sequences], counts)
         for sequence, count in zip(sequences, counts, strict=True):

@@ -14,10 +14,7 @@ from llama3.model import Transformer
 from llama3.prefill_graphs import PrefillGraphs
 from llama3.sequence import Sequence, TokenLogprobs
 
-# Decode steps of one launch, with several rows and with one. A row whose sequence has ended idles to the end of its launch
-# and through the next, which is under way by then, before another sequence can have it; for a single row nobody waits.
-GRAPH_STEPS = 2
-SINGLE_ROW_STEPS = 8
+GRAPH_STEPS = 8
 
 Logprobs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -167,9 +164,9 @@ class Runner:
             self._whole_step.launch(tokens)
             return _copy_to_host(tokens)
         host = torch.empty(num_steps, num_rows, dtype=torch.int64, pin_memory=True)
-        done, at_once = 0, steps_at_once(num_rows)
+        done = 0
         while done < num_steps:
-            steps = at_once if num_steps - done >= at_once else 1
+            steps = GRAPH_STEPS if num_steps - done >= GRAPH_STEPS else 1
             graph, drawn = self._graph(num_rows, steps, options)
             graph.replay()
             host[done : done + steps].copy_(drawn, non_blocking=True)  # enqueued before the graph can run again
@@ -197,11 +194,6 @@ class Runner:
             state.positions.copy_(kept[1])
             self._graphs[key] = graph, drawn
         return self._graphs[key]
-
-
-def steps_at_once(num_rows: int) -> int:
-    """How many decode steps one launch takes."""
-    return GRAPH_STEPS if num_rows > 1 else SINGLE_ROW_STEPS
 
 
 def log_probabilities(logits: torch.Tensor | None, token_ids: torch.Tensor, k: int | None) -> Logprobs | None:
