@@ -1,0 +1,122 @@
+"""A job of many prompts, unequal in length and in what they are answered with: how well places are kept busy.
+
+    python -m benchmarks.ragged --shape 8b --prompts 1000 --json results/ragged/h200.json
+
+The same number of tokens comes in two jobs: all prompts and answers of one length, and of lengths that are drawn. Of
+equal lengths all places become free at once; of drawn ones a place waits for the end of a launch, then for others to
+become free. Tokens a second are of generated tokens, prompts included in the time. Random weights in the real shapes.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.cases import SAMPLINGS
+from benchmarks.environment import describe
+from benchmarks.json_file import write_json
+from benchmarks.protocol import NUM_PLAIN_TOKENS
+from benchmarks.text_table import markdown_table, number
+from llama3 import LLM, SamplingParams
+from llama3.device import resolve_device
+from llama3.errors import UserError
+from llama3.loaded_model import LoadedModel
+from llama3.shapes import shape_config
+
+SPREAD = 0.6  # of the logarithm of an answer's length: the longest of a thousand is six times the mean
+LONGEST = 4  # times the mean, at most
+
+
+class Job(NamedTuple):
+    """Token ids of each prompt, and how many tokens answer it."""
+
+    prompts: list[list[int]]
+    lengths: list[int]
+
+
+def jobs(num_prompts: int, input_len: int, output_len: int, vocab_size: int, seed: int) -> dict[str, Job]:
+    """The two jobs, of as many prompts and, but for rounding, as many tokens."""
+    rng = random.Random(seed)
+    drawn = [min(rng.lognormvariate(0, SPREAD), LONGEST) for _ in range(num_prompts)]
+    scale = output_len / statistics.fmean(drawn)
+    ragged = [max(1, round(scale * length)) for length in drawn]
+    inputs = [max(1, round(input_len * rng.uniform(0.5, 1.5))) for _ in range(num_prompts)]
+
+    def prompts(lengths: list[int]) -> list[list[int]]:
+        return [rng.choices(range(min(vocab_size, NUM_PLAIN_TOKENS)), k=length) for length in lengths]
+
+    equal = Job(prompts([input_len] * num_prompts), [output_len] * num_prompts)
+    return {"equal": equal, "ragged": Job(prompts(inputs), ragged)}
+
+
+def measure(llm: LLM, job: Job) -> dict[str, float]:
+    """One run of a job, at temperature 0.6 and top-p 0.9."""
+    mission = SAMPLINGS["mission"]
+    params = [
+        SamplingParams(temperature=mission.temperature, top_p=mission.top_p, max_tokens=length, ignore_eos=True)
+        for length in job.lengths
+    ]
+    start = time.perf_counter()
+    outputs = llm.generate(job.prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    return {"seconds": seconds, "tokens": tokens, "tok_s": tokens / seconds}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    config = shape_config(options.shape)
+    loaded = LoadedModel.random(options.shape, config, resolve_device(options.device), seed=0)
+    wanted = jobs(options.prompts, options.input_len, options.output_len, config.vocab_size, seed=0)
+    rows = []
+    for num_rows in options.rows:
+        with LLM(loaded, max_model_len=8 * max(options.input_len, options.output_len), max_num_seqs=num_rows) as llm:
+            for name, job in wanted.items():
+                measure(llm, job)  # meets every graph and kernel
+                runs = [measure(llm, job) for _ in range(options.repeats)]
+                row = {"shape": options.shape, "rows": num_rows, "prompts": options.prompts, "job": name}
+                row |= {"input_len": options.input_len, "output_len": options.output_len}
+                rows.append(row | {"runs": runs, "tok_s": statistics.median(r["tok_s"] for r in runs)})
+                print(table(rows).splitlines()[-1], flush=True)
+    return {**describe(), "rows": rows}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a number of places: tokens a second of both jobs, and the second as a part of the first."""
+    found: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in rows:
+        lengths = f"{row['prompts']} x {row['input_len']}/{row['output_len']}"
+        found.setdefault((row["shape"].upper(), lengths, str(row["rows"])), {})[row["job"]] = row["tok_s"]
+    lines = []
+    for key, rate in found.items():
+        part = rate["ragged"] / rate["equal"] if len(rate) == 2 else None
+        lines.append([*key, number(rate.get("equal"), 0), number(rate.get("ragged"), 0), number(part, 3)])
+    return markdown_table(["shape", "prompts x input/output", "places", "equal, tok/s", "ragged, tok/s", "part"], lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="8b")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--input_len", type=int, default=100, help="mean (default: %(default)s)")
+    parser.add_argument("--output_len", type=int, default=150, help="mean (default: %(default)s)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[256, 64], help="places, one run each")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    options = parser.parse_args(arguments)
+    try:
+        results = run(options)
+    except UserError as error:
+        print(f"benchmarks.ragged: {error}", file=sys.stderr)
+        return 2
+    print(table(results["rows"]))
+    if options.json:
+        write_json(results, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
