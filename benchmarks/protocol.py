@@ -14,7 +14,8 @@ Any of them may be answered by error: kind (the exception's class), message (one
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import IO, Any
 
 from benchmarks.cases import Case, Sampling
@@ -38,5 +39,10 @@ def sampling_of(message: Mapping[str, Any]) -> Sampling:
 
 def fresh_prompts(case: Case, vocab_size: int, seed: str) -> list[list[int]]:
     """`batch_size` prompts of random ids; with a new seed for each batch, no prefix cache sees a prompt twice."""
-    ids = random.Random(seed).choices(range(min(vocab_size, NUM_PLAIN_TOKENS)), k=case.batch_size * case.input_len)
-    return [ids[i : i + case.input_len] for i in range(0, len(ids), case.input_len)]
+    return random_prompts([case.input_len] * case.batch_size, vocab_size, seed)
+
+
+def random_prompts(lengths: Sequence[int], vocab_size: int, seed: str) -> list[list[int]]:
+    """A prompt of random ids of each length."""
+    ids = iter(random.Random(seed).choices(range(min(vocab_size, NUM_PLAIN_TOKENS)), k=sum(lengths)))
+    return [list(islice(ids, length)) for length in lengths]

@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.cases import SAMPLINGS
+from benchmarks.engines.ours import sampling_params
 from benchmarks.environment import describe
 from benchmarks.json_file import write_json
-from benchmarks.protocol import NUM_PLAIN_TOKENS
+from benchmarks.protocol import random_prompts
 from benchmarks.text_table import markdown_table, number
-from llama3 import LLM, SamplingParams
+from llama3 import LLM
 from llama3.device import resolve_device
 from llama3.errors import UserError
 from llama3.loaded_model import LoadedModel
 from llama3.shapes import shape_config
 
-SPREAD = 0.6  # of the logarithm of an answer's length: the longest of a thousand is six times the mean
-LONGEST = 4  # times the mean, at most
+SPREAD = 0.6  # of the logarithm of an answer's length
+LONGEST = 4  # times the median, at most
 
 
 class Job(NamedTuple):
@@ -44,21 +45,13 @@ def jobs(num_prompts: int, input_len: int, output_len: int, vocab_size: int, see
     scale = output_len / statistics.fmean(drawn)
     ragged = [max(1, round(scale * length)) for length in drawn]
     inputs = [max(1, round(input_len * rng.uniform(0.5, 1.5))) for _ in range(num_prompts)]
-
-    def prompts(lengths: list[int]) -> list[list[int]]:
-        return [rng.choices(range(min(vocab_size, NUM_PLAIN_TOKENS)), k=length) for length in lengths]
-
-    equal = Job(prompts([input_len] * num_prompts), [output_len] * num_prompts)
-    return {"equal": equal, "ragged": Job(prompts(inputs), ragged)}
+    lengths = {"equal": ([input_len] * num_prompts, [output_len] * num_prompts), "ragged": (inputs, ragged)}
+    return {name: Job(random_prompts(of, vocab_size, f"{seed}/{name}"), to) for name, (of, to) in lengths.items()}
 
 
 def measure(llm: LLM, job: Job) -> dict[str, float]:
     """One run of a job, at temperature 0.6 and top-p 0.9."""
-    mission = SAMPLINGS["mission"]
-    params = [
-        SamplingParams(temperature=mission.temperature, top_p=mission.top_p, max_tokens=length, ignore_eos=True)
-        for length in job.lengths
-    ]
+    params = [sampling_params(SAMPLINGS["mission"], length) for length in job.lengths]
     start = time.perf_counter()
     outputs = llm.generate(job.prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
@@ -72,7 +65,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     wanted = jobs(options.prompts, options.input_len, options.output_len, config.vocab_size, seed=0)
     rows = []
     for num_rows in options.rows:
-        with LLM(loaded, max_model_len=8 * max(options.input_len, options.output_len), max_num_seqs=num_rows) as llm:
+        with LLM(loaded, max_num_seqs=num_rows) as llm:
             for name, job in wanted.items():
                 measure(llm, job)  # meets every graph and kernel
                 runs = [measure(llm, job) for _ in range(options.repeats)]

@@ -40,9 +40,9 @@ def encode_texts(prompts: Items[Prompt], tokenizer: Tokenizer | None) -> list[Pr
     """The prompts with token ids in place of texts, encoded on all cores. A text that has none stays for
     `encode_prompt`, which says why, and with it the few that were to be encoded along with it."""
     encoded = list(prompts)
-    texts = [(index, prompt) for index, prompt in enumerate(prompts) if isinstance(prompt, str) and prompt]
     if tokenizer is None:
         return encoded
+    texts = [(index, prompt) for index, prompt in enumerate(prompts) if isinstance(prompt, str) and prompt]
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         indices, batch = zip(*texts[start : start + TEXTS_AT_ONCE], strict=True)
         with contextlib.suppress(RequestError):

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.text_table import markdown_table
-from tools.figures.provider import Results
+from tools.figures.provider import Results, sections_by_file
 
 
 def sections(results: Results) -> dict[str, str]:
-    """A section for every file: `decode_products.json` becomes "decode-products-experiments"."""
-    return {f"{name.replace('_', '-')}-experiments": f"{r['device']}:\n\n{table(r)}" for name, r in results.items()}
+    return sections_by_file(results, "experiments", table)
 
 
 def table(recorded: dict[str, Any]) -> str:

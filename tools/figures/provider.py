@@ -30,6 +30,11 @@ class Plot:
     draw: Callable[[dict[str, Any], Path], None]
 
 
+def sections_by_file(results: Results, suffix: str, table: Callable[[dict[str, Any]], str]) -> dict[str, str]:
+    """A section for every file, of its device and a table: with suffix "x", `a_b.json` becomes "a-b-x"."""
+    return {f"{name.replace('_', '-')}-{suffix}": f"{r['device']}:\n\n{table(r)}" for name, r in results.items()}
+
+
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
