@@ -4,6 +4,9 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
+# Python itself may have set some hundred objects aside (3.12 begins with 375). A caller's gc.freeze takes all there are.
+FROZEN_BY_PYTHON = 1000
+
 
 @contextlib.contextmanager
 def spared_old_objects() -> Iterator[None]:
@@ -13,7 +16,7 @@ def spared_old_objects() -> Iterator[None]:
     model has been given ahead, and every hundred thousand tokens brought one about. Where the caller has frozen objects
     already (gc.freeze), all stays as it is, since giving ours back would give theirs back.
     """
-    if gc.get_freeze_count():
+    if gc.get_freeze_count() > FROZEN_BY_PYTHON:
         yield
         return
     gc.freeze()

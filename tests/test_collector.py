@@ -36,6 +36,16 @@ def test_old_objects_are_passed_over_and_then_come_back() -> None:
     assert old() is None
 
 
+def test_what_python_sets_aside_at_its_start_is_not_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 375)
+    old = garbage()
+    with spared_old_objects():
+        gc.collect()
+        assert old() is not None
+    gc.collect()
+    assert old() is None
+
+
 def test_as_a_decorator_and_after_an_error() -> None:
     counts = []
 
