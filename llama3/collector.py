@@ -4,7 +4,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-# Python itself may have set some hundred objects aside (3.12 begins with 375). A caller's gc.freeze takes all there are.
+# Python may have set some hundreds aside itself (3.12 begins with 375); a caller's gc.freeze takes all there are.
 FROZEN_BY_PYTHON = 1000
 
 
