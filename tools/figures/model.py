@@ -13,6 +13,12 @@ def sections(results: Results) -> dict[str, str]:
     return model_sections.sections(list(results.values())) | {"known-peaks": _known_peaks()}
 
 
+def second_host(results: Results) -> dict[str, str]:
+    """Tables of a suite measured again where the GPU is of the same kind and the host is another."""
+    found = model_sections.sections(list(results.values()))
+    return {f"second-host-{name}": found[f"model-{name}"] for name in ("throughput", "startup", "figures")}
+
+
 def _known_peaks() -> str:
     rows = [[gpu, number(flops / 1e12, 0), number(bandwidth / 1e12, 3)] for gpu, (flops, bandwidth) in KNOWN.items()]
     return markdown_table(["GPU", "matrix product, TFLOP/s", "read bandwidth, TB/s"], rows)
