@@ -4,6 +4,7 @@ Two runs are traced. The first is generation as it always is, with graphs: its t
 times are its times. The second launches op by op, with ranges, and only tells which kernels belong to which op.
 """
 
+import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -27,6 +28,7 @@ STEP = "engine.step"
 EDGE_STEPS = 3
 EAGER_TOKENS = 8
 MIN_OUTPUT_LEN = 64
+UNTRACED_RUNS = 3
 REST = "between ops"  # kernels outside any op: advancing positions, copying tokens
 
 
@@ -38,11 +40,14 @@ def profile_decode(
         raise RequestError(f"--profile needs at least {MIN_OUTPUT_LEN} tokens to generate, not {case.output_len}")
     for output_len in (case.output_len, 1):  # captures graphs; the trace must not hold that
         _generate(llm, prompts, sampling, output_len)
-    seconds = [_generate(llm, prompts, sampling, output_len) for output_len in (1, case.output_len)]
+    one_token, total = (
+        statistics.median(_generate(llm, prompts, sampling, output_len) for _ in range(UNTRACED_RUNS))
+        for output_len in (1, case.output_len)
+    )
     result: dict[str, Any] = {
         "batch_size": case.batch_size,
         "context_len": case.input_len + case.output_len // 2,
-        "untraced_us_per_step": (seconds[1] - seconds[0]) / (case.output_len - 1) * 1e6,
+        "untraced_us_per_step": (total - one_token) / (case.output_len - 1) * 1e6,
     }
     on_gpu = llm.device.type == "cuda"
     with traced_steps(llm, STEP) as tokens, nullcontext() if on_gpu else traced_ops(llm):
