@@ -23,7 +23,7 @@ from llama3.sequence import Sequence
 MAX_PENDING = 2
 # Decode steps of one launch while prompts wait for a place, in place of GRAPH_STEPS: a place whose sequence has ended
 # idles to the end of its launch and through the next, which is under way by then.
-STEPS_WHILE_OTHERS_WAIT = 2
+STEPS_WHILE_OTHERS_WAIT = 4
 
 
 @dataclass(frozen=True)

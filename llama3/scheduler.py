@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from llama3.sequence import Sequence
 
-REFILL_FRACTION = 16
+REFILL_FRACTION = 8
 # The batch is closed up when this part of its rows is in use and nothing waits: each batch size costs a capture.
 SHRINK_FRACTION = 2
 
