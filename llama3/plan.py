@@ -22,7 +22,8 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on `device`, memory cached by PyTorch included."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        held = torch.cuda.memory_stats_as_nested_dict(device)  # once: the GPU may be waiting for a job to be planned
+        return free + held["reserved_bytes"]["all"]["current"] - held["allocated_bytes"]["all"]["current"]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())

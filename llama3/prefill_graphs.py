@@ -98,5 +98,5 @@ def _pack(
         starts.append(starts[-1] + length)
     starts.extend([starts[-1]] * (num_seqs - len(seq_lens)) + [num_tokens])
     nothing = array("q", [0]) * padding
-    packed = token_ids + nothing + slots + nothing + positions + array("q", [IDLE]) * padding + starts
+    packed = array("q", token_ids) + nothing + slots + nothing + positions + array("q", [IDLE]) * padding + starts
     return torch.frombuffer(packed, dtype=torch.int64)

@@ -98,13 +98,13 @@ class Runner:
     def prefill(
         self, token_ids: "array[int]", seq_slots: Items[int], seq_lens: Items[int], past_lens: Items[int]
     ) -> torch.Tensor:
-        """Packed prompts, token_ids [T] of type "q", behind what their slots hold -> logits [B, V], each one's last.
+        """Packed prompts, token_ids [T] of type "I", behind what their slots hold -> logits [B, V], each one's last.
 
         The logits are valid until the next call.
         """
         if self._prefills is not None and self._prefills.takes(seq_lens, past_lens):
             return self._prefills.run(token_ids, seq_slots, seq_lens)
-        ids = to_device(torch.frombuffer(token_ids, dtype=torch.int64), torch.int64, self.state.device)
+        ids = to_device(torch.frombuffer(token_ids, dtype=torch.int32), torch.int64, self.state.device)
         batch = PrefillBatch.build(seq_slots, seq_lens, past_lens, self.state.device)
         return self.model.prefill(ids, batch, self.cache)
 

@@ -181,7 +181,7 @@ def test_captured_prefills_are_within_the_contract(
         slots = [(3 * i + 1) % 8 for i in range(len(lens))]
         assert graphs.takes(lens, [0] * len(lens))
         poison(cache)
-        got = graphs.run(array("q", [t for p in chosen for t in p]), slots, lens).clone()
+        got = graphs.run(array("I", [t for p in chosen for t in p]), slots, lens).clone()
         rows = zip(got, slots, chosen, strict=True)
         for logits, slot, prompt in rows:
             exact = last_logits(truth, prompt)
