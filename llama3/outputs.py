@@ -12,7 +12,7 @@ class Logprob:
     decoded_token: str | None
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, nor the next: that takes three times as long, and a job ends with making all of them
 class CompletionOutput:
     """One answer.
 
@@ -29,7 +29,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class RequestOutput:
     """All answers to one prompt. `prompt` is None where token ids were given; `error` says why there is no answer."""
 
