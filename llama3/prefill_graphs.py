@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from llama3.config import ModelConfig
 from llama3.decode_state import IDLE
-from llama3.forward_batch import PrefillBatch
+from llama3.forward_batch import PrefillBatch, token_places
 from llama3.kv_cache import KVCache
 from llama3.model import Transformer
 
@@ -90,13 +91,10 @@ def _pack(
     token_ids: "array[int]", seq_slots: Sequence[int], seq_lens: Sequence[int], num_tokens: int, num_seqs: int
 ) -> torch.Tensor:
     """Token ids, slots and positions [num_tokens] each, and starts [num_seqs + 2] of the sequences and the padding."""
-    padding = num_tokens - len(token_ids)
-    slots, positions, starts = array("q"), array("q"), array("q", [0])
-    for slot, length in zip(seq_slots, seq_lens, strict=True):
-        slots.extend(array("q", [slot]) * length)
-        positions.extend(range(length))
-        starts.append(starts[-1] + length)
-    starts.extend([starts[-1]] * (num_seqs - len(seq_lens)) + [num_tokens])
-    nothing = array("q", [0]) * padding
-    packed = array("q", token_ids) + nothing + slots + nothing + positions + array("q", [IDLE]) * padding + starts
-    return torch.frombuffer(packed, dtype=torch.int64)
+    starts, slots, positions = token_places(seq_slots, seq_lens, [0] * len(seq_lens))
+    packed = np.zeros(3 * num_tokens + num_seqs + 2, dtype=np.int64)
+    tokens, ends = packed[: 3 * num_tokens].reshape(3, num_tokens), packed[3 * num_tokens :]
+    tokens[:, : len(token_ids)] = np.frombuffer(token_ids, np.uintc), slots, positions
+    tokens[2, len(token_ids) :] = IDLE
+    ends[: len(starts)], ends[len(starts) : -1], ends[-1] = starts, starts[-1], num_tokens
+    return torch.from_numpy(packed)
