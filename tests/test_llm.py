@@ -199,6 +199,7 @@ BAD_PROMPTS = [
     ([], "prompt 1: the prompt has no token ids"),
     ([5, 10**6], "prompt 1: token id 1000000 is outside the vocabulary of 2048"),
     ([5, -1], "prompt 1: token id -1 is outside the vocabulary"),
+    ([5, 2**40], "prompt 1: token id 1099511627776 is outside the vocabulary"),
     ([5, True], "prompt 1: the prompt must be a string or token ids, but it holds True"),
     (np.array([5, 2048]), "prompt 1: token id 2048 is outside the vocabulary of 2048"),
     ([5, "x"], "prompt 1: the prompt must be a string or token ids, but it holds 'x'"),
