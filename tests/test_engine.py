@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama3.engine import Engine
+from llama3.engine import STEPS_WHILE_OTHERS_WAIT, Engine
 from llama3.model import Transformer
+from llama3.runner import GRAPH_STEPS, PendingTokens, StepOptions
 from llama3.sampling_params import SamplingParams
 from llama3.sequence import Sequence
 from tests.engine_helpers import GREEDY_64, load_model, make_sequence, run
@@ -165,6 +166,27 @@ def test_finishing_and_aborting_free_the_rows(model: Transformer) -> None:
     while engine.has_work:
         engine.step()
     assert [again.output_ids] == expected
+
+
+def test_launches_are_short_only_while_prompts_wait(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the engine launches steps on a GPU: a place that becomes free in the middle of a launch idles to its end."""
+    engine = Engine(model, torch.device("cpu"), torch.float32)
+    engine.prepare(2, 128, 4, 2048)
+    launches: list[tuple[bool, int]] = []
+
+    def decode(sequences: list[Sequence], num_steps: int, options: StepOptions) -> PendingTokens:
+        launches.append((bool(engine.scheduler.waiting), num_steps))
+        return PendingTokens(sequences, [s.row for s in sequences], torch.full((num_steps, 2), 7), None)
+
+    monkeypatch.setattr(engine.runner, "decode", decode)
+    engine.device = torch.device("cuda")
+    sequences = [make_sequence(i, prompt) for i, prompt in enumerate(prompts_of((3, 1, 5, 2, 4)))]
+    engine.add(sequences)
+    while engine.has_work:
+        engine.step()
+    assert all(s.output_ids[1:] == [7] * 63 for s in sequences)
+    assert {steps for waiting, steps in launches if waiting} == {STEPS_WHILE_OTHERS_WAIT, 63 % STEPS_WHILE_OTHERS_WAIT}
+    assert max(steps for waiting, steps in launches if not waiting) == GRAPH_STEPS > STEPS_WHILE_OTHERS_WAIT
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from llama3.checkpoint import load_weights
 from llama3.cli import DEMO_MODEL
 from llama3.config import ModelConfig
 from llama3.decode_state import DecodeState
-from llama3.engine import STEPS_WHILE_OTHERS_WAIT
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache
 from llama3.model import Transformer
@@ -23,8 +22,6 @@ from llama3.ops import prefill_attention, select
 from llama3.ops.reference import ReferenceOps
 from llama3.prefill_graphs import PrefillGraphs
 from llama3.rope import RopeTable
-from llama3.runner import GRAPH_STEPS, PendingTokens, Runner, StepOptions
-from llama3.sequence import Sequence
 from tests.engine_helpers import poison
 from tests.numerics import ROUNDING_FLOOR, assert_within_contract
 
@@ -220,20 +217,3 @@ def test_stops_limits_and_refills_on_the_device(ours: LLM, prompts: list[list[in
             assert completion.finish_reason == "stop" and len(ids) > wanted.min_tokens
             assert completion.stop_reason == (stop if ids[-1] == stop else None)
         assert stop not in ids[:-1]
-
-
-def test_launches_are_short_only_while_prompts_wait(prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A place that becomes free in the middle of a launch idles to its end, so a launch is short if a prompt waits."""
-    launches: list[tuple[bool, int]] = []
-    decode = Runner.decode
-
-    def noted(runner: Runner, sequences: list[Sequence], num_steps: int, options: StepOptions) -> PendingTokens:
-        launches.append((bool(small.engine.scheduler.waiting), num_steps))
-        return decode(runner, sequences, num_steps, options)
-
-    monkeypatch.setattr(Runner, "decode", noted)
-    with LLM(DEMO_MODEL, device="cuda", max_num_seqs=4, max_model_len=640, use_tqdm=False) as small:
-        outputs = small.generate(prompts[:12], GREEDY, use_tqdm=False)
-    assert all(len(output.outputs[0].token_ids) == GREEDY.max_tokens for output in outputs)
-    assert {steps for waiting, steps in launches if waiting} <= set(range(1, STEPS_WHILE_OTHERS_WAIT + 1))
-    assert max(steps for waiting, steps in launches if not waiting) == GRAPH_STEPS
