@@ -1,6 +1,8 @@
 """The engine on token ids: equal to transformers' generate, and to itself in any company."""
 
+import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -168,25 +170,60 @@ def test_finishing_and_aborting_free_the_rows(model: Transformer) -> None:
     assert [again.output_ids] == expected
 
 
-def test_launches_are_short_only_while_prompts_wait(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the engine launches steps on a GPU: a place that becomes free in the middle of a launch idles to its end."""
+@dataclass(frozen=True)
+class Launch:
+    """Decode steps launched together: of how many rows, and whether a prompt waited for a place."""
+
+    num_steps: int
+    num_rows: int
+    waiting: bool
+
+
+def run_as_on_a_gpu(model: Transformer, sequences: list[Sequence], num_rows: int, ends: dict[int, int]) -> list[Launch]:
+    """Run sequences with the launches of a GPU, and made-up tokens: 9 as the one of index ends[request], else 7."""
     engine = Engine(model, torch.device("cpu"), torch.float32)
-    engine.prepare(2, 128, 4, 2048)
-    launches: list[tuple[bool, int]] = []
+    engine.prepare(num_rows, 128, 4, 2048)
+    launches: list[Launch] = []
 
     def decode(sequences: list[Sequence], num_steps: int, options: StepOptions) -> PendingTokens:
-        launches.append((bool(engine.scheduler.waiting), num_steps))
-        return PendingTokens(sequences, [s.row for s in sequences], torch.full((num_steps, 2), 7), None)
+        rows = [s.row for s in sequences]
+        launches.append(Launch(num_steps, max(rows) + 1, bool(engine.scheduler.waiting)))
+        tokens = torch.full((num_steps, num_rows), 7)
+        for sequence in sequences:
+            last = ends.get(sequence.request, -1) - drawn[sequence]
+            if 0 <= last < num_steps:
+                tokens[last, sequence.row] = 9
+            drawn[sequence] += num_steps
+        return PendingTokens(sequences, rows, tokens, None)
 
-    monkeypatch.setattr(engine.runner, "decode", decode)
+    drawn = dict.fromkeys(sequences, 1)
+    engine.runner.decode = decode  # type: ignore[method-assign, assignment]
     engine.device = torch.device("cuda")
-    sequences = [make_sequence(i, prompt) for i, prompt in enumerate(prompts_of((3, 1, 5, 2, 4)))]
     engine.add(sequences)
     while engine.has_work:
         engine.step()
+    return launches
+
+
+def test_launches_are_short_only_while_prompts_wait(model: Transformer) -> None:
+    sequences = [make_sequence(i, prompt) for i, prompt in enumerate(prompts_of((3, 1, 5, 2, 4)))]
+    launches = run_as_on_a_gpu(model, sequences, num_rows=2, ends={})
     assert all(s.output_ids[1:] == [7] * 63 for s in sequences)
-    assert {steps for waiting, steps in launches if waiting} == {STEPS_WHILE_OTHERS_WAIT, 63 % STEPS_WHILE_OTHERS_WAIT}
-    assert max(steps for waiting, steps in launches if not waiting) == GRAPH_STEPS > STEPS_WHILE_OTHERS_WAIT
+    steps = {
+        waiting: {launch.num_steps for launch in launches if launch.waiting == waiting} for waiting in (True, False)
+    }
+    assert steps[True] == {STEPS_WHILE_OTHERS_WAIT, 63 % STEPS_WHILE_OTHERS_WAIT}
+    assert max(steps[False]) == GRAPH_STEPS > STEPS_WHILE_OTHERS_WAIT
+
+
+def test_places_are_kept_busy(model: Transformer) -> None:
+    """Where answers end when they like, most rows of most steps draw a token that is wanted."""
+    rng = random.Random(0)
+    ends = {i: min(1 + int(rng.lognormvariate(3.5, 0.6)), 63) for i in range(300)}
+    sequences = [make_sequence(i, [1], stop_ids=frozenset({9})) for i in ends]
+    launches = run_as_on_a_gpu(model, sequences, num_rows=16, ends=ends)
+    assert [len(s.output_ids) for s in sequences] == [end + 1 for end in ends.values()]
+    assert sum(ends.values()) > 0.85 * sum(launch.num_steps * launch.num_rows for launch in launches)
 
 
 @pytest.mark.parametrize(
