@@ -151,6 +151,7 @@ class Engine:
             if sources != list(range(logits.shape[0])):
                 logits = logits[to_device(sources, torch.int64, self.device)]
             self._pending.append(self.runner.draw_first(logits, sequences))
+        self._release_complete(sequences)
 
     def _decode(self) -> bool:
         """Launch steps for every sequence that still has tokens to draw. False if there is none."""
@@ -170,7 +171,14 @@ class Engine:
         for sequence, count in zip(sequences, counts, strict=True):
             sequence.num_scheduled += count
         self._pending.append(self.runner.decode(sequences, num_steps, options))
+        self._release_complete(sequences)
         return True
+
+    def _release_complete(self, sequences: Iterable[Sequence]) -> None:
+        """Free the places of those with no step left to launch: what comes there next is launched behind their last."""
+        for sequence in sequences:
+            if sequence.num_scheduled == sequence.max_tokens:
+                self.scheduler.release(sequence)
 
     def _collect(self, pending: PendingTokens) -> list[Progress]:
         progress = []

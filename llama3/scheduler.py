@@ -52,13 +52,11 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def release(self, sequence: Sequence) -> None:
-        """Give a sequence's place back, or take it out of the queue."""
+        """Give a sequence's place back, unless it has been already."""
         if sequence in self.running:
             del self.running[sequence]
             self._free_slots.append(sequence.slot)
             heapq.heappush(self._free_rows, sequence.row)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
 
     def close_up(self) -> list[int] | None:
         """If few rows are left in use and nothing waits, move the running sequences to rows 0, 1, ...

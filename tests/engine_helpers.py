@@ -1,6 +1,8 @@
 """A transformers folder as our model, with no tokenizer in the way: engines, sequences and greedy runs for tests."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from llama3.kv_cache import KVCache
 from llama3.model import Transformer
 from llama3.ops.reference import ReferenceOps
 from llama3.rope import RopeTable
+from llama3.runner import PendingTokens, StepOptions
 from llama3.sampling_params import SamplingParams
 from llama3.sequence import Sequence
 
@@ -46,14 +49,56 @@ def make_sequence(
     )
 
 
+@dataclass(frozen=True)
+class Launch:
+    """Decode steps launched together: how many, over how many rows, and whether a prompt waited for a place."""
+
+    num_steps: int
+    num_rows: int
+    waiting: bool
+
+
+Draw = Callable[[Items[Sequence], int, StepOptions], torch.Tensor]
+
+
+def launch_as_on_a_gpu(engine: Engine, draw: Draw) -> list[Launch]:
+    """Make an engine on a CPU launch steps in groups, ahead of reading them. Returns the launches, as they come.
+
+    draw: sequences, how many steps, their options -> tokens [steps, rows].
+    """
+    launches: list[Launch] = []
+
+    def decode(sequences: Items[Sequence], num_steps: int, options: StepOptions) -> PendingTokens:
+        rows = [s.row for s in sequences]
+        launches.append(Launch(num_steps, max(rows) + 1, bool(engine.scheduler.waiting)))
+        return PendingTokens(sequences, rows, draw(sequences, num_steps, options), None)
+
+    engine.runner.decode = decode  # type: ignore[method-assign]
+    engine.device = torch.device("cuda")  # the engine's rules of launching go by it; what computes lies elsewhere
+    return launches
+
+
 def run(
-    model: Transformer, sequences: Items[Sequence], num_rows: int, token_budget: int = 2048, max_stop_ids: int = 4
+    model: Transformer,
+    sequences: Items[Sequence],
+    num_rows: int,
+    token_budget: int = 2048,
+    max_stop_ids: int = 4,
+    launch_ahead: bool = False,
 ) -> list[list[int]]:
-    """Run sequences over a poisoned cache to their end; their tokens."""
+    """Run sequences over a poisoned cache to their end; their tokens. launch_ahead: as on a GPU."""
     engine = Engine(model, torch.device("cpu"), model.weights.embed.dtype)
     engine.prepare(num_rows, max(s.max_context_len for s in sequences), max_stop_ids, token_budget)
     assert engine.cache is not None
     poison(engine.cache)
+    if launch_ahead:
+        step = engine.runner._step
+        launch_as_on_a_gpu(
+            engine,
+            lambda running, num_steps, options: torch.stack(
+                [step(max(s.row for s in running) + 1, options).token_ids for _ in range(num_steps)]
+            ),
+        )
     engine.add(sequences)
     while engine.has_work:
         engine.step()

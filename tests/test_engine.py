@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence as Items
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from llama3.engine import STEPS_WHILE_OTHERS_WAIT, Engine
 from llama3.model import Transformer
-from llama3.runner import GRAPH_STEPS, PendingTokens, StepOptions
+from llama3.runner import GRAPH_STEPS, StepOptions
 from llama3.sampling_params import SamplingParams
 from llama3.sequence import Sequence
-from tests.engine_helpers import GREEDY_64, load_model, make_sequence, run
+from tests.engine_helpers import GREEDY_64, Launch, launch_as_on_a_gpu, load_model, make_sequence, run
 from tests.model_folders import make_model_folder
 
 VOCAB = 320
@@ -83,7 +83,8 @@ def test_a_request_alone_and_in_any_company_gives_the_same_tokens(
     alone = [run(model, [sequence(i)], 1, max_stop_ids=120)[0] for i in range(len(requests))]
     order = data.draw(st.permutations(range(len(requests))))
     together = run(model, [sequence(i) for i in order], num_rows, token_budget, max_stop_ids=120)
-    assert dict(zip(order, together, strict=True)) == dict(enumerate(alone))
+    ahead = run(model, [sequence(i) for i in order], num_rows, token_budget, max_stop_ids=120, launch_ahead=True)
+    assert dict(zip(order, together, strict=True)) == dict(zip(order, ahead, strict=True)) == dict(enumerate(alone))
     for (_, max_tokens, _, num_stops), tokens in zip(requests, alone, strict=True):
         stops = set(range(40, 40 + 60 * num_stops))
         ended_by_stop = tokens[-1] in stops
@@ -170,35 +171,24 @@ def test_finishing_and_aborting_free_the_rows(model: Transformer) -> None:
     assert [again.output_ids] == expected
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Decode steps launched together: of how many rows, and whether a prompt waited for a place."""
-
-    num_steps: int
-    num_rows: int
-    waiting: bool
-
-
-def run_as_on_a_gpu(model: Transformer, sequences: list[Sequence], num_rows: int, ends: dict[int, int]) -> list[Launch]:
-    """Run sequences with the launches of a GPU, and made-up tokens: 9 as the one of index ends[request], else 7."""
+def run_with_made_up_tokens(
+    model: Transformer, sequences: list[Sequence], num_rows: int, ends: dict[int, int]
+) -> list[Launch]:
+    """Launched as on a GPU; token ends[request] of each is 9, the others are 7."""
     engine = Engine(model, torch.device("cpu"), torch.float32)
     engine.prepare(num_rows, 128, 4, 2048)
-    launches: list[Launch] = []
+    drawn = dict.fromkeys(sequences, 1)
 
-    def decode(sequences: list[Sequence], num_steps: int, options: StepOptions) -> PendingTokens:
-        rows = [s.row for s in sequences]
-        launches.append(Launch(num_steps, max(rows) + 1, bool(engine.scheduler.waiting)))
+    def draw(running: Items[Sequence], num_steps: int, options: StepOptions) -> torch.Tensor:
         tokens = torch.full((num_steps, num_rows), 7)
-        for sequence in sequences:
+        for sequence in running:
             last = ends.get(sequence.request, -1) - drawn[sequence]
             if 0 <= last < num_steps:
                 tokens[last, sequence.row] = 9
             drawn[sequence] += num_steps
-        return PendingTokens(sequences, rows, tokens, None)
+        return tokens
 
-    drawn = dict.fromkeys(sequences, 1)
-    engine.runner.decode = decode  # type: ignore[method-assign, assignment]
-    engine.device = torch.device("cuda")
+    launches = launch_as_on_a_gpu(engine, draw)
     engine.add(sequences)
     while engine.has_work:
         engine.step()
@@ -207,7 +197,7 @@ def run_as_on_a_gpu(model: Transformer, sequences: list[Sequence], num_rows: int
 
 def test_launches_are_short_only_while_prompts_wait(model: Transformer) -> None:
     sequences = [make_sequence(i, prompt) for i, prompt in enumerate(prompts_of((3, 1, 5, 2, 4)))]
-    launches = run_as_on_a_gpu(model, sequences, num_rows=2, ends={})
+    launches = run_with_made_up_tokens(model, sequences, num_rows=2, ends={})
     assert all(s.output_ids[1:] == [7] * 63 for s in sequences)
     steps = {
         waiting: {launch.num_steps for launch in launches if launch.waiting == waiting} for waiting in (True, False)
@@ -221,7 +211,7 @@ def test_places_are_kept_busy(model: Transformer) -> None:
     rng = random.Random(0)
     ends = {i: min(1 + int(rng.lognormvariate(3.5, 0.6)), 63) for i in range(300)}
     sequences = [make_sequence(i, [1], stop_ids=frozenset({9})) for i in ends]
-    launches = run_as_on_a_gpu(model, sequences, num_rows=16, ends=ends)
+    launches = run_with_made_up_tokens(model, sequences, num_rows=16, ends=ends)
     assert [len(s.output_ids) for s in sequences] == [end + 1 for end in ends.values()]
     assert sum(ends.values()) > 0.85 * sum(launch.num_steps * launch.num_rows for launch in launches)
 

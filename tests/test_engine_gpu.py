@@ -206,7 +206,8 @@ def test_stops_limits_and_refills_on_the_device(ours: LLM, prompts: list[list[in
             SamplingParams(temperature=0, max_tokens=1 + i % 40, min_tokens=min(i % 7, i % 40), stop_token_ids=[stop])
             for i in range(NUM_PROMPTS)
         ]
-        outputs = small.generate(prompts, params, use_tqdm=False)
+        outputs, again = (small.generate(prompts, params, use_tqdm=False) for _ in range(2))
+    assert outputs == again
     for output, wanted in zip(outputs, params, strict=True):
         (completion,) = output.outputs
         ids = completion.token_ids
