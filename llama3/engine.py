@@ -21,8 +21,8 @@ from llama3.sequence import Sequence
 
 # Groups of decode steps in flight before the host reads the oldest: one computing, one being read.
 MAX_PENDING = 2
-# Decode steps of one launch while prompts wait for a place, in place of GRAPH_STEPS: a place whose sequence has ended
-# idles to the end of its launch and through the next, which is under way by then.
+# Decode steps of one launch while prompts wait for a place that may become free any time, in place of GRAPH_STEPS: it
+# idles to the end of the launch that its sequence ends in and through the next, which is under way by then.
 STEPS_WHILE_OTHERS_WAIT = 4
 
 
@@ -164,7 +164,8 @@ class Engine:
             return False
         options = StepOptions.of(sequences)
         one_by_one = options.num_logprobs is not None or self.device.type != "cuda"
-        at_once = STEPS_WHILE_OTHERS_WAIT if self.scheduler.waiting else GRAPH_STEPS
+        in_demand = self.scheduler.waiting and any(s.may_stop for s in sequences)
+        at_once = STEPS_WHILE_OTHERS_WAIT if in_demand else GRAPH_STEPS
         num_steps = 1 if one_by_one else min(at_once, max(s.max_tokens - s.num_scheduled for s in sequences))
         counts = [min(num_steps, s.max_tokens - s.num_scheduled) for s in sequences]
         self.cache.reserve([s.slot for s in sequences], counts)

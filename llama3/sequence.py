@@ -47,6 +47,11 @@ class Sequence:
         return self.finish_reason is not None
 
     @property
+    def may_stop(self) -> bool:
+        """Whether a token or a string can end it before max_tokens do."""
+        return bool(self.stop_ids or self.params.stop_strings)
+
+    @property
     def max_context_len(self) -> int:
         """Cache positions it may need: the last token drawn is never fed back."""
         return len(self.prompt_ids) + self.max_tokens - 1

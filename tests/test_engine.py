@@ -195,15 +195,19 @@ def run_with_made_up_tokens(
     return launches
 
 
-def test_launches_are_short_only_while_prompts_wait(model: Transformer) -> None:
-    sequences = [make_sequence(i, prompt) for i, prompt in enumerate(prompts_of((3, 1, 5, 2, 4)))]
+@pytest.mark.parametrize("stop_ids", [frozenset(), frozenset({9})])
+def test_launches_are_short_only_while_prompts_wait_for_answers_that_may_stop(
+    model: Transformer, stop_ids: frozenset[int]
+) -> None:
+    sequences = [make_sequence(i, p, stop_ids=stop_ids) for i, p in enumerate(prompts_of((3, 1, 5, 2, 4)))]
     launches = run_with_made_up_tokens(model, sequences, num_rows=2, ends={})
     assert all(s.output_ids[1:] == [7] * 63 for s in sequences)
-    steps = {
-        waiting: {launch.num_steps for launch in launches if launch.waiting == waiting} for waiting in (True, False)
-    }
-    assert steps[True] == {STEPS_WHILE_OTHERS_WAIT, 63 % STEPS_WHILE_OTHERS_WAIT}
-    assert max(steps[False]) == GRAPH_STEPS > STEPS_WHILE_OTHERS_WAIT
+    while_waiting, later = (
+        {launch.num_steps for launch in launches if launch.waiting == waiting} for waiting in (True, False)
+    )
+    at_once = STEPS_WHILE_OTHERS_WAIT if stop_ids else GRAPH_STEPS
+    assert while_waiting == {at_once, 63 % at_once}
+    assert max(later) == GRAPH_STEPS > STEPS_WHILE_OTHERS_WAIT
 
 
 def test_places_are_kept_busy(model: Transformer) -> None:
