@@ -1,10 +1,11 @@
-"""A job of many prompts, unequal in length and in what they are answered with: how well places are kept busy.
+"""Jobs of many prompts, unequal in length and in what they are answered with: how well places are kept busy.
 
     python -m benchmarks.ragged --shape 8b --prompts 1000 --json results/ragged/h200.json
 
-The same number of tokens comes in two jobs: all prompts and answers of one length, and of lengths that are drawn. Of
-equal lengths all places become free at once; of drawn ones a place waits for the end of a launch, then for others to
-become free. Tokens a second are of generated tokens, prompts included in the time. Random weights in the real shapes.
+Three jobs over one model of random weights in the real shapes. "equal": all prompts and answers of one length, so that
+all places become free at once. "ragged": as many tokens, of lengths that are drawn but known beforehand. "stopping":
+the prompts of the second, answers that end by a stop token, which nobody knows before it is drawn. Tokens a second are
+of generated tokens, prompts included in the time.
 """
 
 import argparse
@@ -32,26 +33,36 @@ LONGEST = 4  # times the median, at most
 
 
 class Job(NamedTuple):
-    """Token ids of each prompt, and how many tokens answer it."""
+    """Token ids of each prompt, how many tokens answer it at most, and which token ids end an answer."""
 
     prompts: list[list[int]]
     lengths: list[int]
+    stop_ids: list[int]
 
 
 def jobs(num_prompts: int, input_len: int, output_len: int, vocab_size: int, seed: int) -> dict[str, Job]:
-    """The two jobs, of as many prompts and, but for rounding, as many tokens."""
+    """The three jobs by name, of as many prompts.
+
+    Random weights draw any token as likely as another, so if one id in `output_len` ends an answer, it has about that
+    many tokens.
+    """
     rng = random.Random(seed)
     drawn = [min(rng.lognormvariate(0, SPREAD), LONGEST) for _ in range(num_prompts)]
     scale = output_len / statistics.fmean(drawn)
     ragged = [max(1, round(scale * length)) for length in drawn]
     inputs = [max(1, round(input_len * rng.uniform(0.5, 1.5))) for _ in range(num_prompts)]
-    lengths = {"equal": ([input_len] * num_prompts, [output_len] * num_prompts), "ragged": (inputs, ragged)}
-    return {name: Job(random_prompts(of, vocab_size, f"{seed}/{name}"), to) for name, (of, to) in lengths.items()}
+    equal_prompts = random_prompts([input_len] * num_prompts, vocab_size, f"{seed}/equal")
+    prompts = random_prompts(inputs, vocab_size, f"{seed}/ragged")
+    return {
+        "equal": Job(equal_prompts, [output_len] * num_prompts, []),
+        "ragged": Job(prompts, ragged, []),
+        "stopping": Job(prompts, [LONGEST * output_len] * num_prompts, list(range(0, vocab_size, output_len))),
+    }
 
 
 def measure(llm: LLM, job: Job) -> dict[str, float]:
     """One run of a job, at temperature 0.6 and top-p 0.9."""
-    params = [sampling_params(SAMPLINGS["mission"], length) for length in job.lengths]
+    params = [sampling_params(SAMPLINGS["mission"], length, stop_token_ids=job.stop_ids) for length in job.lengths]
     start = time.perf_counter()
     outputs = llm.generate(job.prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
@@ -77,16 +88,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line a number of places: tokens a second of both jobs, and the second as a part of the first."""
+    """A line a number of places: tokens a second of each job, and the others as a part of the first."""
     found: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in rows:
         lengths = f"{row['prompts']} x {row['input_len']}/{row['output_len']}"
         found.setdefault((row["shape"].upper(), lengths, str(row["rows"])), {})[row["job"]] = row["tok_s"]
     lines = []
     for key, rate in found.items():
-        part = rate["ragged"] / rate["equal"] if len(rate) == 2 else None
-        lines.append([*key, number(rate.get("equal"), 0), number(rate.get("ragged"), 0), number(part, 3)])
-    return markdown_table(["shape", "prompts x input/output", "places", "equal, tok/s", "ragged, tok/s", "part"], lines)
+        cells = [number(rate.get("equal"), 0)]
+        for name in ("ragged", "stopping"):
+            part = rate[name] / rate["equal"] if rate.keys() >= {name, "equal"} else None
+            cells += [number(rate.get(name), 0), number(part, 3)]
+        lines.append([*key, *cells])
+    header = ["shape", "prompts x input/output", "places", "equal, tok/s", "ragged, tok/s", "part"]
+    return markdown_table([*header, "stopping, tok/s", "part"], lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
