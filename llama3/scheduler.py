@@ -52,11 +52,13 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def release(self, sequence: Sequence) -> None:
-        """Give a sequence's place back, unless it has been already."""
+        """Give a sequence's place back, unless it has been already, or take it out of the queue."""
         if sequence in self.running:
             del self.running[sequence]
             self._free_slots.append(sequence.slot)
             heapq.heappush(self._free_rows, sequence.row)
+        elif sequence.row < 0 and sequence in self.waiting:  # never placed; the queue may be too long to search in vain
+            self.waiting.remove(sequence)
 
     def close_up(self) -> list[int] | None:
         """If few rows are left in use and nothing waits, move the running sequences to rows 0, 1, ...

@@ -156,7 +156,7 @@ def test_finishing_and_aborting_free_the_rows(model: Transformer) -> None:
     while engine.has_work:
         engine.step()
     assert (first.finish_reason, first.stop_reason, len(first.output_ids)) == ("stop", "because", 5)
-    assert (second.finish_reason, second.output_ids) == ("abort", [])
+    assert (second.finish_reason, second.output_ids, second.num_prefilled) == ("abort", [], 0)
     assert [third.output_ids] == expected
 
     engine.prepare(1, 128, 4, 2048)
