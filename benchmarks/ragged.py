@@ -29,7 +29,7 @@ from llama3.loaded_model import LoadedModel
 from llama3.shapes import shape_config
 
 SPREAD = 0.6  # of the logarithm of an answer's length
-LONGEST = 4  # times the median, at most
+LONGEST = 4  # times the median, at most; of answers that stop, times the mean
 
 
 class Job(NamedTuple):

@@ -58,24 +58,33 @@ class Launch:
     waiting: bool
 
 
-Draw = Callable[[Items[Sequence], int, StepOptions], torch.Tensor]
+Draw = Callable[[Items[Sequence], Launch, StepOptions], torch.Tensor]
 
 
 def launch_as_on_a_gpu(engine: Engine, draw: Draw) -> list[Launch]:
     """Make an engine on a CPU launch steps in groups, ahead of reading them. Returns the launches, as they come.
 
-    draw: sequences, how many steps, their options -> tokens [steps, rows].
+    draw: the sequences of a launch, the launch, their options -> tokens [num_steps, num_rows].
     """
     launches: list[Launch] = []
 
     def decode(sequences: Items[Sequence], num_steps: int, options: StepOptions) -> PendingTokens:
         rows = [s.row for s in sequences]
         launches.append(Launch(num_steps, max(rows) + 1, bool(engine.scheduler.waiting)))
-        return PendingTokens(sequences, rows, draw(sequences, num_steps, options), None)
+        return PendingTokens(sequences, rows, draw(sequences, launches[-1], options), None)
 
     engine.runner.decode = decode  # type: ignore[method-assign]
     engine.device = torch.device("cuda")  # the engine's rules of launching go by it; what computes lies elsewhere
     return launches
+
+
+def run_to_end(engine: Engine, sequences: Items[Sequence]) -> list[list[int]]:
+    """Add sequences to an engine that is ready for them and step until nothing is left; their tokens."""
+    engine.add(sequences)
+    while engine.has_work:
+        engine.step()
+    assert all(s.finished for s in sequences)
+    return [s.output_ids for s in sequences]
 
 
 def run(
@@ -95,12 +104,8 @@ def run(
         step = engine.runner._step
         launch_as_on_a_gpu(
             engine,
-            lambda running, num_steps, options: torch.stack(
-                [step(max(s.row for s in running) + 1, options).token_ids for _ in range(num_steps)]
+            lambda _, launch, options: torch.stack(
+                [step(launch.num_rows, options).token_ids for _ in range(launch.num_steps)]
             ),
         )
-    engine.add(sequences)
-    while engine.has_work:
-        engine.step()
-    assert all(s.finished for s in sequences)
-    return [s.output_ids for s in sequences]
+    return run_to_end(engine, sequences)
