@@ -20,7 +20,7 @@ from tools.figures.provider import Provider
 
 PROVIDERS = (
     Provider("results/model/*.json", model.sections, model.plots, Record.load),
-    Provider("results/second_host/*.json", model.second_host, load=Record.load),
+    Provider("results/other_runs/*.json", model.other_runs, load=Record.load),
     Provider("results/decode_attn/*.json", decode_attn.sections, decode_attn.plots),
     Provider("results/decode_step/*.json", decode_step.sections),
     Provider("results/ops/*.json", ops.sections),

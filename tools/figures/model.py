@@ -13,10 +13,10 @@ def sections(results: Results) -> dict[str, str]:
     return model_sections.sections(list(results.values())) | {"known-peaks": _known_peaks()}
 
 
-def second_host(results: Results) -> dict[str, str]:
-    """Tables of a suite measured again where the GPU is of the same kind and the host is another."""
+def other_runs(results: Results) -> dict[str, str]:
+    """Tables of suites measured again, on a GPU of the same kind with another host, or against fewer modes of vLLM."""
     found = model_sections.sections(list(results.values()))
-    return {f"second-host-{name}": found[f"model-{name}"] for name in ("throughput", "startup", "figures")}
+    return {f"other-runs-{name}": found[f"model-{name}"] for name in ("throughput", "figures")}
 
 
 def _known_peaks() -> str:
