@@ -145,12 +145,16 @@ class _Object:
 
 
 def _cache() -> Path:
-    root = (
-        os.environ.get("LLAMA3_KERNEL_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llama3-kernels"
-    )
-    Path(root).mkdir(parents=True, exist_ok=True)
-    return Path(root)
+    """The folder of built kernels, made if need be."""
+    named = os.environ.get("LLAMA3_KERNEL_CACHE")
+    root = Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama3-kernels")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KernelBuildError(
+            f"cannot make {root} for the built kernels ({error.strerror}): set LLAMA3_KERNEL_CACHE to another folder"
+        ) from None
+    return root
 
 
 def _sources(family: str) -> list[Path]:

@@ -1,6 +1,7 @@
 """Command-line flags that the scripts share. Every flag is accepted with underscores and with dashes."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ def dashed_aliases(argv: list[str]) -> list[str]:
         if argument == "--":
             return normal + argv[i:]
         name, equals, value = argument.partition("=")
-        is_flag = name.startswith("--") and len(name) > 2
+        is_flag = re.fullmatch(r"--[A-Za-z][\w-]*", name)  # "-- a comment" is a prompt
         normal.append("--" + name[2:].replace("-", "_") + equals + value if is_flag else argument)
     return normal
 

@@ -129,6 +129,8 @@ def test_flags_take_dashes_and_underscores_and_values_are_left_alone() -> None:
     assert dashed_aliases(given) == [
         "--max_gen_len=5", "--model_name", "a-b/c-d", "x-y", "--top_p", "0.9", "--", "--kept-as-is",
     ]  # fmt: skip
+    texts = ["-- re-index the user-table", "---\ntitle: my-page\n", "--", "-- x-y"]
+    assert dashed_aliases(texts) == texts
 
 
 @pytest.mark.parametrize("script", ["test_llama3.py"])

@@ -104,6 +104,17 @@ def test_broken_compiler(tmp_path):
     assert_one_line(result, "could not compile", "unsupported GNU version")
 
 
+def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLAMA3_KERNEL_CACHE", str(tmp_path / "file" / "kernels"))
+    with pytest.raises(build.KernelBuildError, match=r"cannot make .*file/kernels .*set LLAMA3_KERNEL_CACHE"):
+        build._cache()
+    monkeypatch.delenv("LLAMA3_KERNEL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert build._cache() == tmp_path / ".cache" / "llama3-kernels"
+
+
 @pytest.mark.nvcc
 def test_unknown_names():
     assert_one_line(run("--arch", "75"), "'75'", "90a")
