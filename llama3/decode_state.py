@@ -44,7 +44,10 @@ class DecodeState:
             (self.sampling.request, [s.rng_request for s in sequences]),
             (self.sampling.sample, [s.sample for s in sequences]),
             (self.last_positions, [s.max_context_len - 1 for s in sequences]),
-            (self.first_stop_positions, [len(s.prompt_ids) + s.params.min_tokens for s in sequences]),
+            (
+                self.first_stop_positions,
+                [len(s.prompt_ids) + min(s.params.min_tokens, s.max_tokens) for s in sequences],
+            ),
             (self.slots, [s.slot for s in sequences]),
         ]
         floats = (self.sampling.temperature, self.sampling.top_p, self.sampling.min_p)

@@ -1,6 +1,7 @@
 """Which device and dtype to run with, from what the caller asked for; and host values on their way to a device."""
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ def resolve_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
 def is_hopper(device: torch.device) -> bool:
     """Whether kernels for compute capability 9.0 alone run on this device: wgmma, the tensor copy engine, clusters."""
     return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def made_current(device: torch.device) -> AbstractContextManager[Any]:
+    """While it is entered, streams, events, graphs and kernels that name no GPU are this one's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

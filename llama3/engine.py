@@ -56,9 +56,10 @@ class Engine:
         if self.kept_cache(num_rows, max_len, max_stop_ids) is None:
             self.release()
             max_len = -(-max_len // BLOCK_SIZE) * BLOCK_SIZE
-            self.cache = KVCache(self.model.config, num_rows, max_len, self.dtype, self.device)
+            cache = KVCache(self.model.config, num_rows, max_len, self.dtype, self.device)
             self.state = DecodeState(num_rows, max_stop_ids, self.device)
-            self.runner = Runner(self.model, self.cache, self.state)
+            self.runner = Runner(self.model, cache, self.state)
+            self.cache = cache  # last, so that after an interruption none passes for kept
         self.scheduler = Scheduler(num_rows, max_num_batched_tokens)
         self._pending.clear()
 
@@ -75,8 +76,10 @@ class Engine:
         return free_memory(self.device) + held
 
     def release(self) -> None:
-        """Give the cache's memory back, and the captured graphs with it."""
+        """Give the cache's memory back, and the captured graphs with it. What runs or waits is dropped."""
         self.cache = None
+        self.scheduler = Scheduler(0, 0)
+        self._pending.clear()
         if hasattr(self, "runner"):
             del self.runner, self.state
 

@@ -1,7 +1,7 @@
 """LLM: prompts in, outputs out. The only place, with the tokenizer, that knows of text."""
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +12,20 @@ from tqdm import tqdm
 
 from llama3 import ops
 from llama3.answer import Answer
+from llama3.chat_template import Message
 from llama3.collector import spared_old_objects
+from llama3.device import made_current
 from llama3.engine import Engine
 from llama3.errors import RequestError, TokenizerError, UserError
 from llama3.loaded_model import LoadedModel
 from llama3.model import Transformer
 from llama3.outputs import RequestOutput
 from llama3.plan import CALL_SIZES, MemoryPlan
-from llama3.prompts import Prompt, as_prompt_list, check_params, encode_prompt, encode_texts
+from llama3.prompts import Prompt, as_prompt_list, check_params, encode_chats, encode_prompt, encode_texts
 from llama3.rope import RopeTable
 from llama3.sampling_params import SamplingParams
 from llama3.sequence import Sequence
 from llama3.tokenizer import Tokenizer
-
-Message = dict[str, Any]
 
 # Sequences at once where the caller sets no limit.
 DEFAULT_MAX_NUM_SEQS = {"cuda": 256, "cpu": 32}
@@ -69,12 +69,13 @@ class LLM:
         loaded = model if isinstance(model, LoadedModel) else LoadedModel.load(model, dtype, device, use_tqdm)
         self.name, self.config, self.load_seconds = loaded.name, loaded.config, loaded.load_seconds
         self.dtype, self.device = loaded.weights.embed.dtype, loaded.weights.embed.device
-        self._check_limits(max_model_len, max_num_seqs)
+        self._check_limits(max_model_len, max_num_seqs, max_num_batched_tokens, seed)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         self._fixed_len = max_model_len is not None
         self._max_num_seqs, self.seed = max_num_seqs, seed
         self._tokenizer, self._sampling_defaults = loaded.tokenizer, loaded.sampling_defaults
-        self._stop_ids = self.config.eos_token_ids | (loaded.tokenizer.stop_ids if loaded.tokenizer else frozenset())
+        stop_ids = self.config.eos_token_ids | (loaded.tokenizer.stop_ids if loaded.tokenizer else frozenset())
+        self._stop_ids = frozenset(token for token in stop_ids if token < self.config.vocab_size)  # others never come
         self._num_requests = 0
         self._busy = False
         self.stats = RunStats()
@@ -83,14 +84,19 @@ class LLM:
         self._call_sizes = (max_num_batched_tokens,) if max_num_batched_tokens else CALL_SIZES[self.device.type]
         self.engine = Engine(Transformer(self.config, loaded.weights, selected, rope), self.device, self.dtype)
 
-    def _check_limits(self, max_model_len: int | None, max_num_seqs: int | None) -> None:
+    def _check_limits(
+        self, max_model_len: int | None, max_num_seqs: int | None, max_num_batched_tokens: int | None, seed: int
+    ) -> None:
         longest = self.config.max_position_embeddings
         if max_model_len is not None and not 1 <= max_model_len <= longest:
             raise RequestError(
                 f"max_model_len={max_model_len} must be between 1 and the model's max_position_embeddings, {longest}"
             )
-        if max_num_seqs is not None and max_num_seqs < 1:
-            raise RequestError(f"max_num_seqs={max_num_seqs} must be at least 1")
+        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
+            if value is not None and value < 1:
+                raise RequestError(f"{name}={value} must be at least 1")
+        if not 0 <= seed < 2**63:
+            raise RequestError(f"seed={seed} must be in [0, 2^63)")
 
     def __enter__(self) -> "LLM":
         return self
@@ -105,6 +111,10 @@ class LLM:
             del self.engine
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _check_open(self) -> None:
+        if not hasattr(self, "engine"):
+            raise RequestError("this LLM is closed and has given its memory back: make a new one")
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer; TokenizerError if the model came without one."""
@@ -125,7 +135,8 @@ class LLM:
         *,
         on_error: str = "raise",
     ) -> list[RequestOutput]:
-        """Complete prompts: strings or lists of token ids, one or many. One output for each, in their order.
+        """Complete prompts: strings, lists of token ids, or {"prompt": ...} or {"prompt_token_ids": ...}, one or many.
+        One output for each, in their order.
 
         sampling_params: one for all, or one for each. on_error: "raise" raises RequestError, naming the index, before
         anything runs; "record" returns an output with `error` set for a bad prompt and runs the others.
@@ -165,23 +176,26 @@ class LLM:
         sampling_params: SamplingParams | Items[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
-        add_generation_prompt: bool = True,
+        on_error: str = "raise",
         **template_kwargs: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of {"role", "content"}) or a list of them, through the chat template."""
-        is_one = bool(messages) and isinstance(messages[0], dict)
+        """Answer one conversation (a list of {"role", "content"}) or a list of them, through the chat template.
+
+        on_error: as in `generate`, with a conversation for a prompt. template_kwargs: of `apply_chat_template`.
+        """
+        if isinstance(messages, Mapping):
+            raise RequestError("messages must be a list of {'role', 'content'}, not one of them: put it into a list")
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if is_one else list(messages)
-        template_kwargs["add_generation_prompt"] = add_generation_prompt
-        return self.generate(self._chat_prompts(conversations, template_kwargs), sampling_params, use_tqdm)
+        prompts: list[Any] = list(encode_chats(conversations, self.get_tokenizer(), template_kwargs))
+        return self.generate(prompts, sampling_params, use_tqdm, on_error=on_error)
 
     def chat_prompt(self, messages: Items[Message], **template_kwargs: Any) -> list[int]:
         """Token ids of a conversation; the template writes the begin-of-text itself, so none is added."""
-        return self._chat_prompts([messages], template_kwargs)[0]
-
-    def _chat_prompts(self, conversations: Items[Items[Message]], template_kwargs: dict[str, Any]) -> list[list[int]]:
-        tokenizer = self.get_tokenizer()
-        texts = [tokenizer.apply_chat_template(messages, **template_kwargs) for messages in conversations]
-        return tokenizer.encode_batch(texts, add_special_tokens=False)
+        (prompt,) = encode_chats([messages], self.get_tokenizer(), template_kwargs)
+        if isinstance(prompt, UserError):
+            raise prompt
+        return prompt
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[str]:
         """The text of one completion as it comes, in pieces that never split a character. n must be 1."""
@@ -189,7 +203,10 @@ class LLM:
         if params.n != 1:
             raise RequestError(f"stream gives one answer, but n is {params.n}")
         self.get_tokenizer()
-        answer = self._answers(0, self._encode(prompt, params), params)[0]
+        prompts = as_prompt_list(prompt)
+        if len(prompts) != 1:
+            raise RequestError(f"stream takes one prompt, not {len(prompts)}")
+        answer = self._answers(0, self._encode(prompts[0], params), params)[0]
         self._num_requests += 1
         sent = 0
         with spared_old_objects():
@@ -237,8 +254,7 @@ class LLM:
         """Run answers to their end; yields whenever new tokens have arrived."""
         if not answers:
             return
-        if not hasattr(self, "engine"):
-            raise RequestError("this LLM is closed and has given its memory back: make a new one")
+        self._check_open()
         if self._busy:
             raise RequestError("this LLM is generating already: finish or close the running stream first")
         by_sequence = {answer.sequence: answer for answer in answers}
@@ -246,28 +262,33 @@ class LLM:
         prompts = {a.sequence.request: len(a.sequence.prompt_ids) for a in answers}
         self.stats = stats = RunStats(num_prompt_tokens=sum(prompts.values()))
         start, first = time.perf_counter(), None
-        self._busy = True
-        self.engine.add(by_sequence)
-        bar = tqdm(total=len(answers), desc="Generating", unit="seq", disable=not use_tqdm, mininterval=0.5)
+        engine, bar = self.engine, None
         try:
-            while self.engine.has_work:
-                for progress in self.engine.step():
+            self._busy = True
+            engine.add(by_sequence)
+            bar = tqdm(total=len(answers), desc="Generating", unit="seq", disable=not use_tqdm, mininterval=0.5)
+            while engine.has_work:
+                with made_current(self.device):
+                    arrived = engine.step()
+                for progress in arrived:
                     first = first or time.perf_counter()
                     stats.num_generated_tokens += len(progress.token_ids)
                     stop_string = by_sequence[progress.sequence].take(progress.token_ids)
                     if stop_string is not None:
-                        self.engine.finish(progress.sequence, "stop", stop_string)
+                        engine.finish(progress.sequence, "stop", stop_string)
                     bar.update(progress.sequence.finished)
                 elapsed = max(time.perf_counter() - start, 1e-9)
                 bar.set_postfix_str(f"{stats.num_generated_tokens / elapsed:.1f} tok/s", refresh=False)
                 yield
+                self._check_open()
         finally:
             end = time.perf_counter()
             stats.prefill_seconds, stats.decode_seconds = (first or end) - start, end - (first or end)
-            bar.close()
             self._busy = False
-            if self.engine.has_work:  # interrupted: leave nothing running behind
-                self.engine.abort_all()
+            if engine.has_work:  # interrupted: leave nothing running behind
+                engine.abort_all()
+            if bar is not None:
+                bar.close()
 
     def _prepare(self, sequences: list[Sequence]) -> None:
         """Make the engine ready for these sequences: rows, cache length, size of a prefill call, stop ids they need."""
@@ -283,4 +304,5 @@ class LLM:
         kept = self.engine.kept_cache(num_rows, max_len, max_stop_ids)
         held = (num_rows, max_len) if kept is None else (kept.num_slots, kept.max_len)
         plan = next((plan for plan in plans if plan.fits(*held)), plans[-1])
-        self.engine.prepare(num_rows, max_len, max_stop_ids, plan.num_batched_tokens)
+        with made_current(self.device):
+            self.engine.prepare(num_rows, max_len, max_stop_ids, plan.num_batched_tokens)

@@ -2,36 +2,46 @@
 
 import contextlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 
-from llama3.errors import RequestError, TokenizerError
+from llama3.chat_template import Message
+from llama3.errors import RequestError, TokenizerError, UserError
 from llama3.sampling_params import SamplingParams
 from llama3.tokenizer import Tokenizer
 
-Prompt = str | Items[int]
+# Text, token ids, or one of them in a dictionary under vLLM's names for them.
+Prompt = str | Items[int] | Mapping[str, Any]
 
 # Texts that the tokenizer gets at once: enough for every core, and little to hold beside the ids.
 TEXTS_AT_ONCE = 1024
 
 
 def as_prompt_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
-    """One prompt or many as a list: a string is one, and so is a flat list of integers."""
-    if isinstance(prompts, str):
+    """One prompt or many as a list of strings and lists: a flat list of integers is one, and so is a dictionary.
+
+    What is no prompt at all stays in the list for `encode_prompt`, which says so.
+    """
+    prompts = _unwrapped(prompts)
+    if isinstance(prompts, str | Mapping):
         return [prompts]
-    if not isinstance(prompts, Iterable):
+    if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
         raise RequestError(f"prompts must be strings or lists of token ids, not {type(prompts).__name__}")
     items: list[Any] = list(prompts)
     if items and all(is_token_id(item) for item in items):
         return [items]
-    for index, item in enumerate(items):
-        if not isinstance(item, str) and not isinstance(item, Iterable):
-            raise RequestError(f"prompt {index} must be a string or a list of token ids, not {type(item).__name__}")
-    return items
+    return [_unwrapped(item) for item in items]
+
+
+def _unwrapped(prompt: Any) -> Any:
+    """The prompt in a dictionary as in vLLM, and a list in place of a tensor or an array."""
+    if isinstance(prompt, Mapping):
+        prompt = next((prompt[key] for key in ("prompt_token_ids", "prompt") if key in prompt), prompt)
+    return prompt.tolist() if hasattr(prompt, "tolist") else prompt
 
 
 def is_token_id(value: object) -> bool:
@@ -54,14 +64,44 @@ def encode_texts(prompts: Items[Prompt], tokenizer: Tokenizer | None) -> list[Pr
     return encoded
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, max_model_len: int) -> list[int]:
-    """Token ids of a prompt that can be served, or RequestError."""
+def encode_chats(
+    conversations: Items[Items[Message]], tokenizer: Tokenizer, template_kwargs: dict[str, Any]
+) -> list[list[int] | UserError]:
+    """Token ids of each conversation by the chat template, or why it has none. The template writes the begin-of-text
+    itself, so none is added."""
+    rendered = [_outcome(tokenizer.apply_chat_template, messages, **template_kwargs) for messages in conversations]
+    texts = [text for text in rendered if isinstance(text, str)]
+    together = _outcome(tokenizer.encode_batch, texts, add_special_tokens=False)
+    if isinstance(together, UserError):  # one of them has none
+        together = [_outcome(tokenizer.encode, text, add_special_tokens=False) for text in texts]
+    encoded = iter(together)
+    return [next(encoded) if isinstance(text, str) else text for text in rendered]
+
+
+def _outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a function returns, or the UserError that it raises."""
+    try:
+        return function(*args, **kwargs)
+    except UserError as error:
+        return error
+
+
+def encode_prompt(
+    prompt: Prompt | UserError, tokenizer: Tokenizer | None, vocab_size: int, max_model_len: int
+) -> list[int]:
+    """Token ids of a prompt that can be served, or RequestError. What `encode_chats` says of one is raised."""
+    if isinstance(prompt, UserError):
+        raise prompt
     if isinstance(prompt, str):
         if not prompt:
             raise RequestError("the prompt is an empty string: give at least one character")
         if tokenizer is None:
             raise TokenizerError("the model has no tokenizer.json: give prompts as token ids")
         ids = tokenizer.encode(prompt)
+    elif isinstance(prompt, Mapping):
+        raise RequestError(f"the prompt has neither 'prompt' nor 'prompt_token_ids', only {list(prompt)}")
+    elif isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Iterable):
+        raise RequestError(f"the prompt must be a string or a list of token ids, not {type(prompt).__name__}")
     else:
         ids = list(prompt)
         if list(map(type, ids)).count(int) < len(ids):  # as fast as it gets: the GPU may be waiting for millions of ids

@@ -6,6 +6,7 @@ import pathlib
 import tokenize
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -196,6 +197,16 @@ def test_captured_prefills_are_within_the_contract(
 def test_repeats_are_equal(ours: LLM, prompts: list[list[int]], params: SamplingParams, batch_size: int) -> None:
     first = tokens(ours, prompts[:batch_size], params)
     assert all(tokens(ours, prompts[:batch_size], params) == first for _ in range(3))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_a_second_gpu_that_is_not_the_current_one(ours: LLM, prompts: list[list[int]]) -> None:
+    """Prefills, graphs, single steps and draws go to the model's own GPU, whichever is current."""
+    with LLM(DEMO_MODEL, device="cuda:1", kernels="auto", use_tqdm=False) as llm:
+        assert torch.cuda.current_device() == 0
+        for params in (GREEDY, MISSION, replace(MISSION, logprobs=2)):
+            for chosen in (prompts[:1], prompts[:40]):
+                assert tokens(llm, chosen, params) == tokens(ours, chosen, params)
 
 
 def test_stops_limits_and_refills_on_the_device(ours: LLM, prompts: list[list[int]]) -> None:

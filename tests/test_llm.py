@@ -1,9 +1,12 @@
 """The public API on the bundled model: text in, text out, in order, repeatable, and clear about what it cannot do."""
 
 import gc
+import json
+import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +58,10 @@ def test_one_prompt_many_prompts_and_token_ids(llm: LLM) -> None:
     expected = texts(llm.generate(PROMPTS[0], GREEDY, use_tqdm=False))
     assert texts(llm.generate(ids, GREEDY, use_tqdm=False)) == expected
     assert texts(llm.generate([ids], GREEDY, use_tqdm=False)) == expected
-    assert texts(llm.generate(np.array(ids), GREEDY, use_tqdm=False)) == expected  # type: ignore[arg-type]
+    given: list[Any] = [np.array(ids), torch.tensor([ids]), [torch.tensor(ids)], {"prompt": PROMPTS[0]}]
+    for prompt in [*given, [{"prompt_token_ids": ids, "prompt": "not this"}], {"prompt_token_ids": torch.tensor(ids)}]:
+        assert texts(llm.generate(prompt, GREEDY, use_tqdm=False)) == expected
+    assert "".join(llm.stream({"prompt": PROMPTS[0]}, GREEDY)) == expected[0]
     assert texts(llm.generate([PROMPTS[1], ids], [GREEDY, GREEDY], use_tqdm=False))[1] == expected[0]
     assert llm.generate([], GREEDY, use_tqdm=False) == []
 
@@ -137,6 +143,27 @@ def test_an_abandoned_stream_leaves_the_engine_usable(llm: LLM) -> None:
     assert texts(llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)) == expected
 
 
+@pytest.mark.parametrize("where", ["llama3.engine.Runner", "llama3.engine.Engine.add", "llama3.llm.tqdm"])
+def test_an_interruption_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with LLM(DEMO, device="cpu", dtype="float32", use_tqdm=False) as llm:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(where, interrupt)
+            llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+        assert len(llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == GREEDY.max_tokens
+
+
+def test_a_stream_cannot_go_on_when_the_model_is_closed() -> None:
+    llm = LLM(DEMO, device="cpu", dtype="float32", use_tqdm=False)
+    stream = llm.stream(PROMPTS[2], GREEDY)
+    next(stream)
+    llm.close()
+    with pytest.raises(RequestError, match="this LLM is closed"):
+        list(stream)
+
+
 def test_generating_is_spared_collections_of_what_was_there_before(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen, step = [], Engine.step
 
@@ -181,6 +208,19 @@ def test_max_tokens_none_fills_the_context() -> None:
         assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 40
 
 
+def test_stop_ids_that_the_model_cannot_draw_and_any_min_tokens(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO, folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    stop_ids = settings["eos_token_id"]
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [*stop_ids, 128009]}))
+    with LLM(folder, device="cpu", dtype="float32", max_model_len=400, use_tqdm=False) as llm:
+        for min_tokens in (396, 2**31, 2**64):
+            params = SamplingParams(temperature=0.9, seed=1, min_tokens=min_tokens, max_tokens=None)
+            (completion,) = llm.generate([5, 6, 7, 8], params, use_tqdm=False)[0].outputs
+            assert len(completion.token_ids) == 396 and not set(completion.token_ids) & set(stop_ids)
+
+
 def test_closing_gives_the_memory_back() -> None:
     llm = LLM(DEMO, device="cpu", use_tqdm=False)
     llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
@@ -204,7 +244,10 @@ BAD_PROMPTS = [
     (np.array([5, 2048]), "prompt 1: token id 2048 is outside the vocabulary of 2048"),
     ([5, "x"], "prompt 1: the prompt must be a string or token ids, but it holds 'x'"),
     ([5] * 512, "prompt 1: the prompt has 512 tokens and leaves no room to generate: the limit .* is 512"),
-    (7.5, "prompt 1 must be a string or a list of token ids, not float"),
+    (7.5, "prompt 1: the prompt must be a string or a list of token ids, not float"),
+    (None, "prompt 1: the prompt must be a string or a list of token ids, not NoneType"),
+    (b"x", "prompt 1: the prompt must be a string or a list of token ids, not bytes"),
+    ({"text": "x"}, r"prompt 1: the prompt has neither 'prompt' nor 'prompt_token_ids', only \['text'\]"),
 ]
 
 
@@ -215,11 +258,27 @@ def test_a_bad_prompt_is_named_by_its_index(llm: LLM, prompt: object, message: s
 
 
 def test_a_bad_prompt_can_be_recorded_while_the_others_run(llm: LLM) -> None:
-    outputs = llm.generate([PROMPTS[0], "", [5] * 600], GREEDY, use_tqdm=False, on_error="record")
+    given: list[Any] = [PROMPTS[0], "", [5] * 600, None]
+    outputs = llm.generate(given, GREEDY, use_tqdm=False, on_error="record")
     assert texts(outputs[:1]) == texts(llm.generate(PROMPTS[0], GREEDY, use_tqdm=False))
-    assert [o.error is None for o in outputs] == [True, False, False]
-    assert "600 tokens" in (outputs[2].error or "")
-    assert outputs[1].outputs == [] and [o.request_id for o in outputs] == ["0", "1", "2"]
+    assert [o.error is None for o in outputs] == [True, False, False, False]
+    assert "600 tokens" in (outputs[2].error or "") and "NoneType" in (outputs[3].error or "")
+    assert outputs[1].outputs == [] and [o.request_id for o in outputs] == ["0", "1", "2", "3"]
+
+
+def test_a_bad_conversation_is_named_by_its_index_or_recorded(llm: LLM) -> None:
+    good: list[Any] = [{"role": "user", "content": "Write a function named add"}]
+    bad: list[Any] = [{"role": "user", "content": None}]
+    surrogate = [{"role": "user", "content": "\ud800"}]
+    with pytest.raises(RequestError, match=r"prompt 1: message 0 \(user\) has content None"):
+        llm.chat([good, bad], GREEDY, use_tqdm=False)
+    with pytest.raises(RequestError, match=r"^message 0 \(user\) has content None"):
+        llm.chat_prompt(bad)
+    (alone,) = llm.chat(good, GREEDY, use_tqdm=False)
+    outputs = llm.chat([bad, good, surrogate], GREEDY, use_tqdm=False, on_error="record")
+    assert [bool(output.error) for output in outputs] == [True, False, True]
+    assert outputs[1].prompt_token_ids == alone.prompt_token_ids and texts(outputs[1:2]) == texts([alone])
+    assert "lone surrogate" in (outputs[2].error or "")
 
 
 def test_texts_are_encoded_together_and_only_bad_ones_stay(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +304,10 @@ def test_texts_are_encoded_together_and_only_bad_ones_stay(llm: LLM, monkeypatch
         (lambda llm: llm.generate("a", on_error="ignore"), "on_error='ignore' must be 'raise' or 'record'"),
         (lambda llm: list(llm.stream("a", SamplingParams(n=2))), "stream gives one answer, but n is 2"),
         (lambda llm: llm.generate(5), "prompts must be strings or lists of token ids, not int"),
+        (lambda llm: llm.generate(b"x"), "prompts must be strings or lists of token ids, not bytes"),
+        (lambda llm: llm.generate(torch.tensor(5)), "prompts must be strings or lists of token ids, not int"),
+        (lambda llm: list(llm.stream(["a", "b"])), "stream takes one prompt, not 2"),
+        (lambda llm: llm.chat({"role": "user", "content": "a"}), "messages must be a list .* put it into a list"),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(llm: LLM, call: object, message: str) -> None:
@@ -263,6 +326,8 @@ def test_wrong_calls_say_what_is_wrong(llm: LLM, call: object, message: str) -> 
         ({"max_model_len": 0}, RequestError, "max_model_len=0 must be between 1 and .* 131072"),
         ({"max_model_len": 200000}, RequestError, "max_model_len=200000 must be between 1 and .* 131072"),
         ({"max_num_seqs": 0}, RequestError, "max_num_seqs=0 must be at least 1"),
+        ({"max_num_batched_tokens": -5}, RequestError, "max_num_batched_tokens=-5 must be at least 1"),
+        ({"seed": 2**63}, RequestError, r"seed=9223372036854775808 must be in \[0, 2\^63\)"),
     ],
 )
 def test_wrong_settings_say_what_is_wrong(arguments: dict, error: type[UserError], message: str) -> None:

@@ -55,7 +55,10 @@ class CudaOps:
         if config.hidden_size % 8:
             return f"hidden_size is {config.hidden_size}, and the CUDA kernels need a multiple of 8"
         try:
-            load_custom_kernels.arch_for(*torch.cuda.get_device_capability(device))
+            arch = load_custom_kernels.arch_for(*torch.cuda.get_device_capability(device))
+            built = load_custom_kernels.detect_arch()
+            if arch != built:
+                return f"the CUDA kernels are built for GPU 0 (sm_{built}), and {device} is sm_{arch}: hide the others"
             for family in FAMILIES:
                 load_custom_kernels.load(family)
         except load_custom_kernels.KernelBuildError as error:
