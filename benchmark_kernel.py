@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 
 import load_custom_kernels
+from benchmarks.environment import gpu_state
 from benchmarks.json_file import write_json
+from benchmarks.plot_file import check_path
 from llama3.errors import UserError
 from llama3.ops import decode_attn as ops
 from tools import decode_bench as bench
@@ -57,6 +59,10 @@ def main() -> int:
     try:
         if not torch.cuda.is_available():
             raise UserError("there is no CUDA GPU here (torch.cuda.is_available() is false); the benchmark needs one")
+        if args.suite == "ladder" and args.plot is not None:
+            raise UserError("--plot shows bandwidth against context, which the ladder does not hold")
+        if args.plot is not None:
+            check_path(args.plot)
         if args.suite:
             run_suite(args)
         else:
@@ -201,7 +207,7 @@ def environment() -> dict:
     properties = torch.cuda.get_device_properties(0)
     return {
         "gpu": properties.name, "multiprocessors": properties.multi_processor_count, "versions": versions,
-        "sm_clock_MHz": torch.cuda.clock_rate(), "command": " ".join(sys.argv),
+        "gpu_after": gpu_state(), "command": " ".join(sys.argv),
     }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.cases import SAMPLING_CHOICES, SUITES, Case, Sampling, parse_cases, samplings
 from benchmarks.engines import DEFAULT_MODES, MODES, select_modes
-from benchmarks.run import execute
+from benchmarks.plot_file import check_path
+from benchmarks.run import NothingMeasured, execute
 from llama3.cli import DEMO_MODEL, dashed_aliases, run_main
 from llama3.errors import RequestError
 from llama3.shapes import SHAPES
@@ -99,6 +100,8 @@ def _complete(args: argparse.Namespace) -> None:
         raise RequestError(f"--repeats is {args.repeats}; it must be at least 1")
     if args.startup and args.profile:
         raise RequestError("--startup and --profile are measurements of their own: run one after the other")
+    if args.profile and args.sampling == "both":
+        raise RequestError("--profile traces one way of sampling: give --sampling mission or greedy")
     if args.append and args.json is None:
         raise RequestError("--append adds to the file that --json names: give both")
     for name, limit in args.longest.items():
@@ -111,6 +114,10 @@ def _complete(args: argparse.Namespace) -> None:
     args.suites = [
         ChosenSuite(name, cases, samplings(args.sampling or DEFAULT_SAMPLING[name])) for name, cases in _chosen(args)
     ]
+    if len(args.suites) > 1 and (args.startup or args.profile):
+        raise RequestError("--startup and --profile take one suite")
+    if args.plot is not None:
+        check_path(args.plot)
     for flag in ("json", "csv", "plot") if len(args.suites) > 1 else ():
         path = getattr(args, flag)
         if path is not None and "{suite}" not in str(path):
@@ -138,8 +145,9 @@ def _options(text: str) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # a run that is stopped has printed its lines
-    measurements = [m for record in execute(parse_args(argv)) for m in record.measurements]
-    if measurements and not any(m.metrics for m in measurements):
+    try:
+        execute(parse_args(argv))
+    except NothingMeasured:
         sys.exit(1)
 
 

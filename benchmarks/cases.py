@@ -64,7 +64,10 @@ def samplings(choice: str) -> tuple[Sampling, ...]:
 
 
 def parse_cases(text: str) -> tuple[Case, ...]:
-    """Cases from JSON, or from a file of it: [[batch, in, out], ...] or a list of objects with Case's fields."""
+    """Cases from JSON, or from a file of it: [[batch, in, out], ...] or a list of objects with Case's fields.
+
+    One that is listed twice is one.
+    """
     source = Path(text).read_text() if not text.lstrip().startswith("[") and Path(text).is_file() else text
     try:
         rows = json.loads(source)
@@ -74,7 +77,7 @@ def parse_cases(text: str) -> tuple[Case, ...]:
         ) from error
     if not isinstance(rows, list) or not rows:
         raise RequestError("--scenarios must be a list of at least one case: '[[batch, input, output], ...]'")
-    return tuple(_case(row) for row in rows)
+    return tuple(dict.fromkeys(_case(row) for row in rows))
 
 
 def _case(row: Any) -> Case:

@@ -11,19 +11,23 @@ from typing import Any
 
 import torch
 
+CPU = "CPU"
 CLOCK_FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
 
 
-def describe() -> dict[str, Any]:
-    """Versions and hardware; nothing that names the machine but a hash that tells two GPUs apart."""
+def describe(on_gpu: bool = True) -> dict[str, Any]:
+    """Versions and hardware; nothing that names the machine but a hash that tells two GPUs apart.
+
+    on_gpu: whether the run is to use the GPU, if there is one.
+    """
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cpu_cores": os.cpu_count(),
-        "device": device_name(),
+        "device": device_name() if on_gpu else CPU,
     }
-    gpu = query_gpu("driver_version", "memory.total", "uuid")
+    gpu = query_gpu("driver_version", "memory.total", "uuid") if on_gpu else []
     if gpu:
         driver, memory, uuid = gpu
         facts |= {"driver": driver, "gpu_memory": memory, "gpu_id": hashlib.sha256(uuid.encode()).hexdigest()[:12]}
@@ -31,9 +35,9 @@ def describe() -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """The GPU's name without touching it, so that no memory of it is taken; "CPU" where there is none."""
+    """The GPU's name without touching it, so that no memory of it is taken; CPU where there is none."""
     found = query_gpu("name")
-    return found[0] if found else "CPU"
+    return found[0] if found else CPU
 
 
 def gpu_state() -> dict[str, str]:

@@ -17,6 +17,13 @@ IMAGES = "docs/images"  # where the plots of the documents lie, from the root of
 DIGEST_KEY = "Data-SHA256"  # of the plotted data, as a text chunk of the PNG
 
 
+def check_path(path: Path) -> None:
+    """Raise RequestError, before anything is measured, where no plot could be written to `path` afterwards."""
+    if path.suffix != ".png":
+        raise RequestError(f"a plot is a PNG, and {path} does not end in .png")
+    new_figure(1, 1)
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches, without a display. Raises RequestError where matplotlib is not installed."""
     try:

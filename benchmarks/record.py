@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,12 +60,20 @@ class Record:
     notes: list[str] = field(default_factory=list)
 
     def add(self, measurement: Measurement) -> None:
-        """Append, or take the place of an earlier one of the same engine, case and sampling."""
+        """Append, or take the place of an earlier one of the same engine, case and sampling. A failure takes no
+        figures' place."""
         keys = [m.key for m in self.measurements]
-        if measurement.key in keys:
-            self.measurements[keys.index(measurement.key)] = measurement
-        else:
+        if measurement.key not in keys:
             self.measurements.append(measurement)
+            return
+        index = keys.index(measurement.key)
+        if measurement.metrics or not self.measurements[index].metrics:
+            self.measurements[index] = measurement
+
+    def add_profile(self, profile: dict[str, Any]) -> None:
+        """Append, or take the place of an earlier one of the same engine, sampling, batch and context."""
+        keys = ("engine", "sampling", "batch_size", "context_len")
+        self.profiles = [p for p in self.profiles if any(p[key] != profile[key] for key in keys)] + [profile]
 
     def note_dropped(self, repeats: int) -> None:
         """Note which engines ran a case less often than asked; of an earlier run's word on it nothing need hold now."""
@@ -74,6 +81,19 @@ class Record:
         self.notes = [note for note in self.notes if not note.endswith(DROPPED)]
         if names:
             self.notes.append(f"time budget ({', '.join(names)}): {DROPPED}")
+
+    def gaps(self) -> list[str]:
+        """What engines were not asked for that others were, a line for each such engine."""
+        measured, lines = {m.key for m in self.measurements}, []
+        for name in self.engines:
+            missing = []
+            for case in self.cases():
+                without = [sampling for sampling in self.samplings() if (name, case, sampling) not in measured]
+                if without:
+                    missing.append(str(case) if without == self.samplings() else f"{case} {', '.join(without)}")
+            if missing:
+                lines.append(f"{MODES[name].label} was not measured at {'; '.join(missing)}")
+        return lines
 
     def find(self, engine: str, case: Case, sampling: str) -> Measurement | None:
         return next((m for m in self.measurements if m.key == (engine, case, sampling)), None)
@@ -99,8 +119,10 @@ class Record:
     @property
     def subject(self) -> str:
         """What was measured where, for titles: "1b on H200"."""
-        names = [word for word in str(self.environment.get("device", "")).split() if word not in ("NVIDIA", "GeForce")]
-        return f"{self.model} on {names[0]}" if names else self.model
+        words = [word for word in str(self.environment.get("device", "")).split() if word not in ("NVIDIA", "GeForce")]
+        numbers = [i for i, word in enumerate(words) if any(letter.isdigit() for letter in word)]
+        words = words[: numbers[0] + 1 if numbers else 1]  # "H100 80GB HBM3", "RTX 4090"
+        return f"{self.model} on {' '.join(words)}" if words else self.model
 
     def samplings(self) -> list[str]:
         return list(dict.fromkeys(m.sampling for m in self.measurements))
@@ -129,15 +151,18 @@ class Record:
             raise ConfigError(f"{path}: no benchmark results can be read from it ({error})") from error
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise ConfigError(f"{path}: not benchmark results of format {FORMAT}; choose another file")
-        values["config"] = _config(values["config"])
-        values["dtype"] = SUPPORTED_DTYPES[values["dtype"]]
-        values["peaks"] = Peaks(**values["peaks"])
-        values["measurements"] = [_measurement(m) for m in values["measurements"]]
-        return cls(**values)
-
-
-def load_all(paths: Iterable[Path]) -> list[Record]:
-    return [Record.load(path) for path in sorted(paths)]
+        try:
+            values["config"] = _config(values["config"])
+            values["dtype"] = SUPPORTED_DTYPES[values["dtype"]]
+            values["peaks"] = Peaks(**values["peaks"])
+            values["measurements"] = [_measurement(m) for m in values["measurements"]]
+            record = cls(**values)
+            unknown = {*record.engines, *record.startup, *(m.engine for m in record.measurements)} - set(MODES)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{path}: benchmark results that are not whole ({error!r})") from error
+        if unknown:
+            raise ConfigError(f"{path}: results of engines that are not known here: {', '.join(sorted(unknown))}")
+        return record
 
 
 def _throughput(measurement: Measurement) -> float:

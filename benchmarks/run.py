@@ -5,13 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks import boxed_tables, hardware_csv, plots, throughput_tables
 from benchmarks.cases import SAMPLINGS, Case
 from benchmarks.csv_file import write_csv
-from benchmarks.environment import describe, device_name, gpu_state
+from benchmarks.environment import describe, gpu_state
 from benchmarks.op_table import op_tables
 from benchmarks.peaks import Peaks, known_peaks, override
 from benchmarks.progress import block_events, progress_events
@@ -22,7 +25,7 @@ from benchmarks.target import Target
 from benchmarks.text_table import number
 from benchmarks.worker_client import ROOT, EngineFailed, WorkerDied, with_repository_path
 from llama3.device import resolve_device
-from llama3.errors import ConfigError
+from llama3.errors import ConfigError, RequestError
 
 PEAKS_TIMEOUT = 300.0
 CHECKPOINTS = ROOT / "build" / "benchmark_models"  # random checkpoints for start-up, written once
@@ -30,8 +33,13 @@ CHECKPOINTS = ROOT / "build" / "benchmark_models"  # random checkpoints for star
 CONFIGS = ROOT / "build" / "benchmark_configs"
 
 
+class NothingMeasured(RuntimeError):
+    """Every engine failed in all that it was asked for; the reasons have been printed."""
+
+
 def execute(args: argparse.Namespace) -> list[Record]:
-    """Carry out what `benchmark_model.parse_args` read. Raises UserError before anything is measured, where it can."""
+    """Carry out what `benchmark_model.parse_args` read. Raises UserError before anything is measured, where it can,
+    and NothingMeasured at the end."""
     hardware = hardware_csv.read_hardware_csv(args.hardware_csv) if args.hardware_csv else []
     target = _target(args)
     target.check(tuple(case for chosen in args.suites for case in chosen.cases))
@@ -48,8 +56,15 @@ def execute(args: argparse.Namespace) -> list[Record]:
             for suite in session.suites:
                 print(f"{throughput_tables.floors_table(suite.record, suite.cases)}\n")
         session.run()
+    for suite in session.suites:
+        _report(args, suite, hardware)
     for chosen, suite in zip(args.suites, session.suites, strict=True):
-        _report(args, chosen.name, suite, hardware)
+        if (path := _path(args.csv, chosen.name)) is not None:
+            write_csv(suite.record, path)
+        if (path := _path(args.plot, chosen.name)) is not None:
+            _draw(suite.record, path)
+    if not session.succeeded:
+        raise NothingMeasured
     return [suite.record for suite in session.suites]
 
 
@@ -59,9 +74,9 @@ def _target(args: argparse.Namespace) -> Target:
     return Target.from_model(args.model_name, args.dtype)
 
 
-def _suites(args: argparse.Namespace, target: Target) -> list[Suite]:
+def _suites(args: argparse.Namespace, target: Target, device: torch.device) -> list[Suite]:
     """A record for each suite asked for, new or continued."""
-    environment = describe()
+    environment = describe(on_gpu=device.type == "cuda")
     settings = {"seed": args.random_seed, "repeats": args.repeats, "time_budget": args.time_budget}
     settings |= {"device": args.device, "kernels": args.kernels, "gpu_before": gpu_state()}
     peaks: Peaks | None = None
@@ -70,8 +85,11 @@ def _suites(args: argparse.Namespace, target: Target) -> list[Suite]:
         path = _path(args.json, chosen.name)
         if args.append and path is not None and path.exists():
             record = _earlier_record(path, target, environment)
+            given = override(record.peaks, args.matrix_peak, args.read_bandwidth)
+            if replace(given, source=record.peaks.source) != record.peaks:
+                raise ConfigError(f"{path} was begun with other peaks: choose another --json file")
         else:
-            peaks = peaks or _peaks(args)
+            peaks = peaks or _peaks(args, environment["device"])
             record = Record(
                 model=target.name,
                 suite=chosen.name,
@@ -102,8 +120,8 @@ def _earlier_record(path: Path, target: Target, environment: dict[str, Any]) -> 
     return record
 
 
-def _peaks(args: argparse.Namespace) -> Peaks:
-    found = known_peaks("CPU" if args.device == "cpu" else device_name())
+def _peaks(args: argparse.Namespace, device_name: str) -> Peaks:
+    found = known_peaks(device_name)
     if args.measure_peaks:
         # In a process of its own, so that its memory is free again.
         command = [sys.executable, "-m", "benchmarks.peaks", args.device]
@@ -120,10 +138,15 @@ def _peaks(args: argparse.Namespace) -> Peaks:
 
 def _session(args: argparse.Namespace, target: Target) -> Session:
     device = resolve_device(args.device)
+    if device.index:
+        raise RequestError(
+            f"--device {device}: other engines, and what is said of the GPU, go by the first one that is visible: "
+            f"run with CUDA_VISIBLE_DEVICES={device.index} and --device cuda"
+        )
     return Session(
         target=target,
         modes=args.modes,
-        suites=_suites(args, target),
+        suites=_suites(args, target, device),
         repeats=args.repeats,
         seed=args.random_seed,
         device=str(device),
@@ -147,9 +170,11 @@ def _startup(args: argparse.Namespace, session: Session) -> None:
     for mode in session.modes:
         found = measure_startup(session.starter(mode), session.load_spec(mode), args.repeats, args.random_seed)
         record.startup[mode.name] = found
-        print(
-            f"{mode.name}: first token {number(found.get('median'), 2)} s after process start{found.get('error', '')}"
-        )
+        if "error" in found:
+            print(f"{mode.name}: failed: {found['error']}")
+        else:
+            session.succeeded = True
+            print(f"{mode.name}: first token {number(found['median'], 2)} s after process start")
         suite.save()
 
 
@@ -164,16 +189,21 @@ def _profile(args: argparse.Namespace, session: Session) -> None:
                 worker.load(session.load_spec(mode))
                 for index, case in enumerate(suite.cases):
                     path = trace if index == 0 else trace.with_name(f"{index + 1}-{trace.name}")
-                    worker.prepare(case)
-                    tables = worker.profile(case, sampling, f"{args.random_seed}/profile {case}", path)
-                    record.profiles.append({"engine": mode.name, "sampling": sampling.name, **tables})
+                    try:
+                        worker.prepare(case)
+                        tables = worker.profile(case, sampling, f"{args.random_seed}/profile {case}", path)
+                    except EngineFailed as error:
+                        print(f"\n{mode.name}: {case} failed: {error}")
+                        continue
+                    session.succeeded = True
+                    record.add_profile({"engine": mode.name, "sampling": sampling.name, **tables})
                     suite.save()
                     print(f"\ntrace: {path}\n{op_tables(tables, record.config, record.dtype, record.peaks)}")
         except (EngineFailed, WorkerDied) as error:
-            record.notes.append(f"--profile of {mode.name} failed: {error}")
+            print(f"\n{mode.name}: failed: {error}")
 
 
-def _report(args: argparse.Namespace, name: str, suite: Suite, hardware: list[dict[Case, boxed_tables.Column]]) -> None:
+def _report(args: argparse.Namespace, suite: Suite, hardware: list[dict[Case, boxed_tables.Column]]) -> None:
     record = suite.record
     if not args.is_single and record.measurements:
         if record.suite == "profile":
@@ -184,13 +214,12 @@ def _report(args: argparse.Namespace, name: str, suite: Suite, hardware: list[di
         print(f"\n{throughput_tables.figures_table(record)}")
     if record.startup:
         print(f"\n{throughput_tables.startup_table(record)}")
-    for note in record.notes:
+    for note in record.notes + record.gaps():
         print(f"note: {note}")
     suite.save()
-    if (path := _path(args.csv, name)) is not None:
-        write_csv(record, path)
-    if (path := _path(args.plot, name)) is not None and record.measurements:
-        for index, sampling in enumerate(record.samplings()):
-            plots.draw(
-                plots.plot_data(record, sampling), path if index == 0 else path.with_stem(f"{path.stem}-{sampling}")
-            )
+
+
+def _draw(record: Record, path: Path) -> None:
+    """One plot for each way of sampling."""
+    for index, sampling in enumerate(record.samplings()):
+        plots.draw(plots.plot_data(record, sampling), path if index == 0 else path.with_stem(f"{path.stem}-{sampling}"))

@@ -48,7 +48,7 @@ def plots(records: list[Record]) -> dict[str, dict]:
 
 
 def plot_name(record: Record, sampling: str) -> str:
-    card = record.subject.removeprefix(record.model).replace(" on ", "-")
+    card = record.subject.removeprefix(record.model).replace(" on ", "-").replace(" ", "-")
     return f"{record.suite}-{Path(record.model).name}{card}-{sampling}.png".lower()
 
 
@@ -102,7 +102,7 @@ def _conditions(record: Record) -> str:
     for name, details in record.engines.items():
         versions = [f"{key} {details[key]}" for key in ("vllm", "transformers", "kernels") if key in details]
         known.append(f"{MODES[name].label}: {', '.join(versions) or 'did not start'}")
-    return _titled(record, "\n".join(f"- {line}" for line in known + record.notes), _part(record))
+    return _titled(record, "\n".join(f"- {line}" for line in known + record.notes + record.gaps()), _part(record))
 
 
 def _scaled(value: float | None, unit: float) -> float | None:

@@ -71,6 +71,7 @@ class Session:
     """options: keyword arguments for engines, by family. timeout: seconds a command may take.
 
     longest: by mode or family, the most tokens that it is asked to generate; its longer cases are left out.
+    succeeded: whether anything at all was measured.
     """
 
     target: Target
@@ -86,6 +87,7 @@ class Session:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     longest: Mapping[str, int] = field(default_factory=dict)
     events: Events = field(default_factory=Events)
+    succeeded: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.note_memory()
@@ -132,8 +134,6 @@ class Session:
         suites = [suite for suite in self.suites if any(work.suite is suite for work in pending)]
         for suite in suites:
             suite.record.engines.setdefault(mode.name, {})
-            if any(case.output_len > (self._limit(mode) or case.output_len) for case in suite.cases):
-                suite.record.notes.append(f"{mode.name} ran only cases of up to {self._limit(mode)} generated tokens")
         while pending:
             self.events.loading(mode, pending[0].case)
             # WorkerDied: the case that killed the worker is recorded, the others go on in a new one.
@@ -177,9 +177,9 @@ class Session:
             measurement.error = str(error)
             raise
         finally:
-            record.add(measurement)
-            self.events.measured(mode, measurement)
-            work.suite.save()
+            if measurement.metrics or measurement.error:  # neither: interrupted
+                self._add(mode, work, measurement)
+                work.suite.save()
 
     def start_worker(self, mode: EngineMode) -> WorkerClient:
         wait_for_memory(self._memory_before + MEMORY_SLACK_MIB)
@@ -198,9 +198,12 @@ class Session:
         self._budget.loaded(mode.name)
         for work in pending:
             self._budget.begin(work.key(mode))
-            measurement = Measurement(mode.name, work.case, work.sampling.name, error=error)
-            work.suite.record.add(measurement)
-            self.events.measured(mode, measurement)
+            self._add(mode, work, Measurement(mode.name, work.case, work.sampling.name, error=error))
+
+    def _add(self, mode: EngineMode, work: _Work, measurement: Measurement) -> None:
+        self.succeeded |= measurement.metrics is not None
+        work.suite.record.add(measurement)
+        self.events.measured(mode, measurement)
 
     def _cost(self, case: Case) -> float:
         """How long a repetition of a case takes, in bytes of decode: the whole case and its prefill alone."""

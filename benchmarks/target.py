@@ -1,6 +1,7 @@
 """Which model is measured: a folder or hub name with its weights, or a published shape with random ones."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,7 +57,12 @@ class Target:
         if not self.random_weights:
             return self
         if not (folder / "config.json").exists():
-            make_random_model(folder, self.config, self.dtype, progress=False)
+            partial = folder.with_name(
+                folder.name + ".partial"
+            )  # whole or not at all: writing gigabytes may be stopped
+            shutil.rmtree(partial, ignore_errors=True)
+            make_random_model(partial, self.config, self.dtype, progress=False)
+            partial.replace(folder)
         config = ModelConfig.from_folder(folder)
         return replace(self, folder=folder, config=config, random_weights=False)
 
@@ -78,7 +84,6 @@ class Target:
             folder=str(self.folder),
             random_weights=self.random_weights,
             max_model_len=max(case.max_model_len for case in cases),
-            max_batch_size=max(case.batch_size for case in cases),
             dtype=str(self.dtype).removeprefix("torch."),
             device=device,
             kernels=kernels,

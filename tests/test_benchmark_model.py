@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import benchmark_model
 from benchmarks.cases import SAMPLINGS, SUITES, Case
+from benchmarks.peaks import known_peaks
 from benchmarks.record import Record
-from benchmarks.run import execute
+from benchmarks.run import NothingMeasured, execute
+from benchmarks.target import Target
 from llama3.errors import ConfigError, RequestError, UserError
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +50,7 @@ def test_engines_suites_and_ways_of_sampling():
 
 
 def test_scenarios_come_as_json_or_from_a_file(tmp_path):
-    text = '[[1, 2, 3], {"batch_size": 4, "input_len": 5, "output_len": 6}]'
+    text = '[[1, 2, 3], {"batch_size": 4, "input_len": 5, "output_len": 6}, [1, 2, 3]]'
     (tmp_path / "cases.json").write_text(text)
     for value in (text, str(tmp_path / "cases.json")):
         assert parse("--scenarios", value).suites[0][:2] == ("scenarios", (Case(1, 2, 3), Case(4, 5, 6)))
@@ -70,6 +73,9 @@ def test_scenarios_come_as_json_or_from_a_file(tmp_path):
         (["--repeats", "0"], "at least 1"),
         (["--append"], "--json"),
         (["--startup", "--profile", "t.json"], "one after the other"),
+        (["--suite", "seed,profile", "--startup"], "take one suite"),
+        (["--suite", "seed", "--sampling", "both", "--profile", "t.json"], "one way of sampling"),
+        (["--plot", "plot.jpg"], "does not end in .png"),
     ],
 )
 def test_flags_that_make_no_sense_are_named(flags, message):
@@ -102,6 +108,11 @@ def test_this_engine_and_transformers_side_by_side(tmp_path, capsys):
     assert engines["ours"]["kernels"].startswith("reference ops") and engines["hf-eager"]["dtype"] == "bfloat16"
     with pytest.raises(ConfigError, match=r"holds tiny in torch\.bfloat16"):
         execute(parse(*TINY, "--dtype", "float32", "--json", str(json_path), "--append"))
+    with pytest.raises(ConfigError, match="begun with other peaks"):
+        execute(parse(*TINY, "--read_bandwidth", "1e10", "--json", str(json_path), "--append"))
+    with pytest.raises(NothingMeasured):  # what fails leaves the figures that there are
+        execute(parse(*flags, "--engines", "ours", "--append", "--ours_options", '{"nonsense": 1}'))
+    assert Record.load(json_path).measurements == record.measurements
 
 
 def test_two_suites_from_one_start_in_a_file_each(tmp_path, capsys, monkeypatch):
@@ -114,7 +125,7 @@ def test_two_suites_from_one_start_in_a_file_each(tmp_path, capsys, monkeypatch)
     assert seed == Record.load(tmp_path / "seed-tiny.json") and profile == Record.load(tmp_path / "profile-tiny.json")
     assert [(m.case, m.sampling) for m in seed.measurements] == [(Case(2, 8, 4), "mission"), (Case(2, 8, 4), "greedy")]
     assert [m.case for m in profile.measurements] == [Case(1, 8, 4)]
-    assert profile.notes == ["ours ran only cases of up to 4 generated tokens"] and not seed.notes
+    assert not profile.notes and not seed.notes
     assert seed.engines == profile.engines and (tmp_path / "profile.csv").exists()
 
 
@@ -159,6 +170,10 @@ def test_a_profile_on_a_cpu(tmp_path, capsys):
     calls = {row["name"]: row["calls"] / found["op_steps"] for row in found["ops"]}
     assert calls == {"embed": 1, "qkv": 2, "attention": 2, "o": 2, "gate-up": 2, "down": 2, "head": 1, "sample": 1}
     assert json.loads(json_path.read_text())["profiles"] == record.profiles
+    cases = ["--scenarios", "[[1, 8, 4], [1, 8, 64]]", "--append"]  # the first is too short to be traced
+    (again,) = execute(parse(*flags, *cases, "--profile", str(trace)))
+    assert "1 x 8/4 failed: " in capsys.readouterr().out and trace.with_name("2-trace.json.gz").exists()
+    assert len(again.profiles) == 1 and again.profiles != record.profiles
 
 
 def test_startup_from_a_checkpoint(tmp_path, capsys, monkeypatch):
@@ -167,3 +182,31 @@ def test_startup_from_a_checkpoint(tmp_path, capsys, monkeypatch):
     assert "ours: first token " in capsys.readouterr().out
     assert 0 < record.startup["ours"]["median"] < 60
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["tiny-bfloat16"]
+
+
+def test_a_checkpoint_that_was_stopped_on_its_way_is_written_again(tmp_path, monkeypatch):
+    target, folder = Target.from_shape("tiny", "auto", tmp_path / "config"), tmp_path / "checkpoints" / "tiny"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tools.make_random_model._write_weights", interrupt)
+        target.with_weights(folder)
+    assert not folder.exists()
+    target.with_weights(folder)
+    assert list(folder.glob("*.safetensors")) and [path.name for path in folder.parent.iterdir()] == ["tiny"]
+
+
+def test_results_of_a_cpu_are_not_taken_for_a_gpu_s(tmp_path, monkeypatch):
+    values = {"name": "NVIDIA H200", "memory.used": "5 MiB"}
+    monkeypatch.setattr("benchmarks.environment.query_gpu", lambda *fields: [values.get(f, "0") for f in fields])
+    (record,) = execute(parse(*TINY, "--device", "cpu", "--input_len", "8", "--max_gen_len", "4", "--repeats", "1"))
+    assert record.subject == "tiny on CPU" and "driver" not in record.environment
+    assert record.peaks == known_peaks("CPU")
+
+
+def test_a_gpu_that_is_not_the_first_is_refused(monkeypatch):
+    monkeypatch.setattr("benchmarks.run.resolve_device", lambda device: torch.device("cuda", 1))
+    with pytest.raises(RequestError, match="run with CUDA_VISIBLE_DEVICES=1 and --device cuda"):
+        execute(parse(*TINY))

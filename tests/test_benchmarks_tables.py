@@ -212,7 +212,22 @@ def test_results_come_back_from_their_file_as_they_were(tmp_path):
     assert loaded.families() == ["ours", "vllm"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"format": 99})])
+WHOLE = records.make_record({"ours": 0.001}).to_json()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        json.dumps({"format": 99}),
+        json.dumps({"format": 1}),
+        json.dumps(WHOLE | {"dtype": "int3"}),
+        json.dumps(WHOLE | {"more": 1}),
+        json.dumps(WHOLE | {"measurements": [{**WHOLE["measurements"][0], "metrics": {"throughput": 1.0}}]}),
+        json.dumps(WHOLE | {"measurements": [{**WHOLE["measurements"][0], "engine": "theirs"}]}),
+    ],
+)
 def test_a_file_that_holds_no_results_is_refused(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ConfigError, match=r"r\.json"):
@@ -221,10 +236,48 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path, text):
 
 def test_a_second_measurement_takes_the_place_of_the_first():
     record = records.make_record({"ours": 0.001})
-    again = Measurement("ours", Case(1, 128, 128), "mission", error="later")
+    first = record.find("ours", Case(1, 128, 128), "mission")
+    again = replace(first, peak_memory=(1, "measured again"))
     record.add(again)
     assert len(record.measurements) == 8 and record.find("ours", Case(1, 128, 128), "mission") is again
     assert record.measurements.index(again) == record.cases().index(again.case) == 4
+    failed = Measurement("ours", Case(1, 128, 128), "mission", error="later")
+    record.add(failed)
+    assert record.find("ours", Case(1, 128, 128), "mission") is again
+    new = Measurement("hf-eager", Case(1, 128, 128), "mission", error="at first")
+    record.add(new)
+    record.add(replace(new, error="again"))
+    assert record.find("hf-eager", Case(1, 128, 128), "mission").error == "again"
+
+
+def test_what_was_not_measured_is_said():
+    record = records.make_record({"ours": 0.001, "vllm-default": 0.002})
+    assert record.gaps() == []
+    cases = record.cases()
+    record.measurements = [m for m in record.measurements if (m.engine, m.case) != ("vllm-default", cases[3])]
+    assert record.gaps() == [f"vLLM was not measured at {cases[3]}"]
+    greedy = replace(record.measurements[0], sampling="greedy")
+    record.add(greedy)
+    others = "; ".join(f"{case} greedy" for case in cases[1:])
+    assert record.gaps()[0] == f"Custom was not measured at {others}"
+
+
+@pytest.mark.parametrize(
+    ("device", "subject"),
+    [
+        ("NVIDIA H200", "1b on H200"),
+        ("NVIDIA H100 80GB HBM3", "1b on H100"),
+        ("NVIDIA A100-SXM4-80GB", "1b on A100-SXM4-80GB"),
+        ("NVIDIA GeForce RTX 4090", "1b on RTX 4090"),
+        ("NVIDIA RTX A6000", "1b on RTX A6000"),
+        ("Tesla T4", "1b on Tesla T4"),
+        ("CPU", "1b on CPU"),
+        ("", "1b"),
+    ],
+)
+def test_a_gpu_goes_by_its_name_and_number(device, subject):
+    record = records.make_record({"ours": 0.001})
+    assert replace(record, environment={"device": device}).subject == subject
 
 
 def test_dropped_repetitions_are_noted_while_there_are_any():

@@ -44,11 +44,14 @@ class InProcessClient(WorkerClient):
     def close(self):
         self._worker.close()
 
+    def _kill_group(self):
+        pass
+
 
 @pytest.fixture
 def spec(tmp_path) -> LoadSpec:
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 50}))
-    return LoadSpec("fake model", str(tmp_path), True, max_model_len=64, max_batch_size=8)
+    return LoadSpec("fake model", str(tmp_path), True, max_model_len=64)
 
 
 def test_a_worker_answers_each_command(spec, tmp_path):
@@ -212,6 +215,22 @@ def test_failures_stay_alone_and_every_case_is_written_at_once(make_session, tmp
     good = loaded.find("dead", LARGE, "greedy")
     assert good.peak_memory == (123, "made up") and len(good.timing.total) == 3 and good.metrics.throughput > 0
     assert loaded.best("ours", LARGE, "greedy") is not None and loaded.best("ours", SMALL, "greedy") is None
+
+
+def test_what_is_interrupted_leaves_the_figures_that_there_are(make_session, monkeypatch):
+    monkeypatch.setattr(Session, "start_worker", lambda self, mode: InProcessClient(mode))
+    (record,) = make_session({"one": {}}).run()
+    before = list(record.measurements)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(InProcessClient, "run", interrupt)
+    session = make_session({"one": {}})
+    session.suites[0].record.measurements = list(before)
+    with pytest.raises(KeyboardInterrupt):
+        session.run()
+    assert len(before) == 2 and session.suites[0].record.measurements == before
 
 
 def test_an_engine_that_does_not_start_fails_in_every_case_and_the_next_one_runs(make_session, monkeypatch):

@@ -17,14 +17,13 @@ class LoadSpec:
     """What an engine is asked to load. All engines of a run get the same but for `options`.
 
     folder: a local Hugging Face folder. random_weights: it holds config.json alone; make up the parameters.
-    max_model_len, max_batch_size: the largest over all cases. options: keyword arguments of that engine's own.
+    max_model_len: the largest over all cases. options: keyword arguments of that engine's own.
     """
 
     name: str
     folder: str
     random_weights: bool
     max_model_len: int
-    max_batch_size: int
     dtype: str = "auto"
     device: str = "auto"
     kernels: str = "auto"
