@@ -35,7 +35,11 @@ NEVER = 1 << 30
 
 
 def to_float(weights: ModelWeights) -> ModelWeights:
-    layers = [LayerWeights(**{name: t.float() for name, t in vars(layer).items()}) for layer in weights.layers]
+    products = ("qkv", "o", "gate_up", "down")  # the norms are part of them
+    layers = [
+        LayerWeights(attn_norm=None, mlp_norm=None, **{name: getattr(layer, name).float() for name in products})
+        for layer in weights.layers
+    ]
     embed = weights.embed.float()
     head = embed if weights.lm_head is weights.embed else weights.lm_head.float()
     return ModelWeights(embed=embed, layers=layers, final_norm=weights.final_norm.float(), lm_head=head)
@@ -47,6 +51,7 @@ class Setup:
     def __init__(self, config: ModelConfig, max_len: int) -> None:
         self.config, device = config, torch.device("cuda")
         self.weights = random_weights(config, device, torch.bfloat16)
+        self.weights.fold_norms()  # as the engine runs them
         self.rope = RopeTable.build(config, max_len, device)
         self.cache = KVCache(config, 1, max_len, torch.bfloat16, device)
         generator = torch.Generator(device=device).manual_seed(1)
