@@ -146,13 +146,13 @@ class _Object:
 
 def _cache() -> Path:
     """The folder of built kernels, made if need be."""
-    named = os.environ.get("LLAMA3_KERNEL_CACHE")
-    root = Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama3-kernels")
     try:
+        named = os.environ.get("LLAMA3_KERNEL_CACHE")
+        root = Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama3-kernels")
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         raise KernelBuildError(
-            f"cannot make {root} for the built kernels ({error.strerror}): set LLAMA3_KERNEL_CACHE to another folder"
+            f"no folder for the built kernels ({error}): set LLAMA3_KERNEL_CACHE to one that can be written"
         ) from None
     return root
 

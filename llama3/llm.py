@@ -141,12 +141,22 @@ class LLM:
         sampling_params: one for all, or one for each. on_error: "raise" raises RequestError, naming the index, before
         anything runs; "record" returns an output with `error` set for a bad prompt and runs the others.
         """
-        if on_error not in ("raise", "record"):
-            raise RequestError(f"on_error={on_error!r} must be 'raise' or 'record'")
+        _check_on_error(on_error)
         prompt_list = as_prompt_list(prompts)
-        params_list = self._params_list(sampling_params, len(prompt_list))
+        texts = [prompt if isinstance(prompt, str) else None for prompt in prompt_list]
+        return self._complete(texts, encode_texts(prompt_list, self._tokenizer), sampling_params, use_tqdm, on_error)
+
+    def _complete(
+        self,
+        texts: list[str | None],
+        encoded: Items[Prompt | UserError],
+        sampling_params: SamplingParams | Items[SamplingParams] | None,
+        use_tqdm: bool,
+        on_error: str,
+    ) -> list[RequestOutput]:
+        """`generate` from what has been encoded. texts: as the outputs are to show them."""
+        params_list = self._params_list(sampling_params, len(encoded))
         ids_list, errors = [], {}
-        encoded = encode_texts(prompt_list, self._tokenizer)
         for index, (prompt, params) in enumerate(zip(encoded, params_list, strict=True)):
             try:
                 ids_list.append(self._encode(prompt, params))
@@ -160,16 +170,16 @@ class LLM:
             for index, params in enumerate(params_list)
             if index not in errors
         }
-        self._num_requests += len(prompt_list)
+        self._num_requests += len(encoded)
         for _ in self._run([a for group in answers.values() for a in group], use_tqdm):
             pass
         outputs = []
-        for index, prompt in enumerate(prompt_list):
-            text = prompt if isinstance(prompt, str) else None
+        for index, text in enumerate(texts):
             completions = [answer.completion() for answer in answers.get(index, [])]
             outputs.append(RequestOutput(str(index), text, ids_list[index], completions, error=errors.get(index)))
         return outputs
 
+    @spared_old_objects()
     def chat(
         self,
         messages: Items[Message] | Items[Items[Message]],
@@ -183,12 +193,13 @@ class LLM:
 
         on_error: as in `generate`, with a conversation for a prompt. template_kwargs: of `apply_chat_template`.
         """
+        _check_on_error(on_error)
         if isinstance(messages, Mapping):
             raise RequestError("messages must be a list of {'role', 'content'}, not one of them: put it into a list")
         is_one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if is_one else list(messages)
-        prompts: list[Any] = list(encode_chats(conversations, self.get_tokenizer(), template_kwargs))
-        return self.generate(prompts, sampling_params, use_tqdm, on_error=on_error)
+        encoded = encode_chats(conversations, self.get_tokenizer(), template_kwargs)
+        return self._complete([None] * len(encoded), encoded, sampling_params, use_tqdm, on_error)
 
     def chat_prompt(self, messages: Items[Message], **template_kwargs: Any) -> list[int]:
         """Token ids of a conversation; the template writes the begin-of-text itself, so none is added."""
@@ -228,7 +239,7 @@ class LLM:
             )
         return params_list
 
-    def _encode(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+    def _encode(self, prompt: Prompt | UserError, params: SamplingParams) -> list[int]:
         check_params(params, self._tokenizer, self.config.vocab_size)
         return encode_prompt(prompt, self._tokenizer, self.config.vocab_size, self.max_model_len)
 
@@ -262,20 +273,20 @@ class LLM:
         prompts = {a.sequence.request: len(a.sequence.prompt_ids) for a in answers}
         self.stats = stats = RunStats(num_prompt_tokens=sum(prompts.values()))
         start, first = time.perf_counter(), None
-        engine, bar = self.engine, None
+        bar = None
         try:
             self._busy = True
-            engine.add(by_sequence)
+            self.engine.add(by_sequence)
             bar = tqdm(total=len(answers), desc="Generating", unit="seq", disable=not use_tqdm, mininterval=0.5)
-            while engine.has_work:
+            while self.engine.has_work:
                 with made_current(self.device):
-                    arrived = engine.step()
+                    arrived = self.engine.step()
                 for progress in arrived:
                     first = first or time.perf_counter()
                     stats.num_generated_tokens += len(progress.token_ids)
                     stop_string = by_sequence[progress.sequence].take(progress.token_ids)
                     if stop_string is not None:
-                        engine.finish(progress.sequence, "stop", stop_string)
+                        self.engine.finish(progress.sequence, "stop", stop_string)
                     bar.update(progress.sequence.finished)
                 elapsed = max(time.perf_counter() - start, 1e-9)
                 bar.set_postfix_str(f"{stats.num_generated_tokens / elapsed:.1f} tok/s", refresh=False)
@@ -285,8 +296,8 @@ class LLM:
             end = time.perf_counter()
             stats.prefill_seconds, stats.decode_seconds = (first or end) - start, end - (first or end)
             self._busy = False
-            if engine.has_work:  # interrupted: leave nothing running behind
-                engine.abort_all()
+            if hasattr(self, "engine") and self.engine.has_work:  # interrupted: leave nothing running behind
+                self.engine.abort_all()
             if bar is not None:
                 bar.close()
 
@@ -306,3 +317,8 @@ class LLM:
         plan = next((plan for plan in plans if plan.fits(*held)), plans[-1])
         with made_current(self.device):
             self.engine.prepare(num_rows, max_len, max_stop_ids, plan.num_batched_tokens)
+
+
+def _check_on_error(on_error: str) -> None:
+    if on_error not in ("raise", "record"):
+        raise RequestError(f"on_error={on_error!r} must be 'raise' or 'record'")

@@ -1,6 +1,5 @@
 """Prompts as callers give them, turned into token ids or into an error that says what is wrong."""
 
-import contextlib
 from array import array
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
@@ -16,6 +15,7 @@ from llama3.tokenizer import Tokenizer
 
 # Text, token ids, or one of them in a dictionary under vLLM's names for them.
 Prompt = str | Items[int] | Mapping[str, Any]
+PROMPT_KEYS = ("prompt_token_ids", "prompt")
 
 # Texts that the tokenizer gets at once: enough for every core, and little to hold beside the ids.
 TEXTS_AT_ONCE = 1024
@@ -26,8 +26,10 @@ def as_prompt_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
 
     What is no prompt at all stays in the list for `encode_prompt`, which says so.
     """
+    if isinstance(prompts, Mapping):
+        return [_unwrapped(prompts)]
     prompts = _unwrapped(prompts)
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
         raise RequestError(f"prompts must be strings or lists of token ids, not {type(prompts).__name__}")
@@ -40,7 +42,7 @@ def as_prompt_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
 def _unwrapped(prompt: Any) -> Any:
     """The prompt in a dictionary as in vLLM, and a list in place of a tensor or an array."""
     if isinstance(prompt, Mapping):
-        prompt = next((prompt[key] for key in ("prompt_token_ids", "prompt") if key in prompt), prompt)
+        prompt = next((prompt[key] for key in PROMPT_KEYS if prompt.get(key) is not None), prompt)
     return prompt.tolist() if hasattr(prompt, "tolist") else prompt
 
 
@@ -49,18 +51,19 @@ def is_token_id(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def encode_texts(prompts: Items[Prompt], tokenizer: Tokenizer | None) -> list[Prompt]:
-    """The prompts with token ids in place of texts, encoded on all cores. A text that has none stays for
-    `encode_prompt`, which says why, and with it the few that were to be encoded along with it."""
+def encode_texts(prompts: Items[Any], tokenizer: Tokenizer | None, add_special_tokens: bool = True) -> list[Any]:
+    """The prompts with token ids in place of texts, encoded on all cores, or the error where a text has none."""
     encoded = list(prompts)
     if tokenizer is None:
         return encoded
-    texts = [(index, prompt) for index, prompt in enumerate(prompts) if isinstance(prompt, str) and prompt]
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        indices, batch = zip(*texts[start : start + TEXTS_AT_ONCE], strict=True)
-        with contextlib.suppress(RequestError):
-            for index, ids in zip(indices, tokenizer.encode_batch(batch), strict=True):
-                encoded[index] = ids
+    indices = [index for index, prompt in enumerate(prompts) if isinstance(prompt, str) and prompt]
+    for start in range(0, len(indices), TEXTS_AT_ONCE):
+        batch = indices[start : start + TEXTS_AT_ONCE]
+        ids = _outcome(tokenizer.encode_batch, [prompts[i] for i in batch], add_special_tokens)
+        if isinstance(ids, UserError):  # one of them has none
+            ids = [_outcome(tokenizer.encode, prompts[i], add_special_tokens) for i in batch]
+        for index, outcome in zip(batch, ids, strict=True):
+            encoded[index] = outcome
     return encoded
 
 
@@ -70,12 +73,7 @@ def encode_chats(
     """Token ids of each conversation by the chat template, or why it has none. The template writes the begin-of-text
     itself, so none is added."""
     rendered = [_outcome(tokenizer.apply_chat_template, messages, **template_kwargs) for messages in conversations]
-    texts = [text for text in rendered if isinstance(text, str)]
-    together = _outcome(tokenizer.encode_batch, texts, add_special_tokens=False)
-    if isinstance(together, UserError):  # one of them has none
-        together = [_outcome(tokenizer.encode, text, add_special_tokens=False) for text in texts]
-    encoded = iter(together)
-    return [next(encoded) if isinstance(text, str) else text for text in rendered]
+    return encode_texts(rendered, tokenizer, add_special_tokens=False)
 
 
 def _outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +87,7 @@ def _outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def encode_prompt(
     prompt: Prompt | UserError, tokenizer: Tokenizer | None, vocab_size: int, max_model_len: int
 ) -> list[int]:
-    """Token ids of a prompt that can be served, or RequestError. What `encode_chats` says of one is raised."""
+    """Token ids of a prompt that can be served, or RequestError. An error that came in place of a prompt is raised."""
     if isinstance(prompt, UserError):
         raise prompt
     if isinstance(prompt, str):
@@ -99,7 +97,8 @@ def encode_prompt(
             raise TokenizerError("the model has no tokenizer.json: give prompts as token ids")
         ids = tokenizer.encode(prompt)
     elif isinstance(prompt, Mapping):
-        raise RequestError(f"the prompt has neither 'prompt' nor 'prompt_token_ids', only {list(prompt)}")
+        keys = " nor ".join(repr(key) for key in PROMPT_KEYS)
+        raise RequestError(f"the prompt is a dictionary of {list(prompt)}, with text or token ids under neither {keys}")
     elif isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Iterable):
         raise RequestError(f"the prompt must be a string or a list of token ids, not {type(prompt).__name__}")
     else:

@@ -124,6 +124,7 @@ def reason(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(cuda.load_custom_kernels, "load", lambda family: None)
+    monkeypatch.setattr(cuda.load_custom_kernels, "detect_arch", lambda: "90a")
     return cuda.CudaOps.why_not(replace(shape_config("1b"), **changes), dtype, torch.device("cuda"))
 
 
@@ -133,6 +134,9 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(monkeypatch) is None
     assert "not in float32" in (reason(monkeypatch, torch.float32) or "")
     assert "capability 7.5" in (reason(monkeypatch, capability=(7, 5)) or "")
+    assert "built for GPU 0 (sm_90a), and cuda is sm_80: hide the others" in (
+        reason(monkeypatch, capability=(8, 0)) or ""
+    )
     assert "32 query heads for 2" in (reason(monkeypatch, num_kv_heads=2) or "")
     assert "hidden_size is 2052" in (reason(monkeypatch, hidden_size=2052) or "")
 
@@ -144,6 +148,7 @@ def test_why_not_passes_on_what_the_build_says(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(cuda.load_custom_kernels, "load", fail)
+    monkeypatch.setattr(cuda.load_custom_kernels, "detect_arch", lambda: "90a")
     assert cuda.CudaOps.why_not(shape_config("1b"), BF16, torch.device("cuda")) == "nvcc not found on PATH"
 
 

@@ -59,7 +59,8 @@ def test_one_prompt_many_prompts_and_token_ids(llm: LLM) -> None:
     assert texts(llm.generate(ids, GREEDY, use_tqdm=False)) == expected
     assert texts(llm.generate([ids], GREEDY, use_tqdm=False)) == expected
     given: list[Any] = [np.array(ids), torch.tensor([ids]), [torch.tensor(ids)], {"prompt": PROMPTS[0]}]
-    for prompt in [*given, [{"prompt_token_ids": ids, "prompt": "not this"}], {"prompt_token_ids": torch.tensor(ids)}]:
+    given += [[{"prompt_token_ids": ids, "prompt": "not this"}], {"prompt_token_ids": torch.tensor(ids)}]
+    for prompt in [*given, {"prompt": PROMPTS[0], "prompt_token_ids": None}]:
         assert texts(llm.generate(prompt, GREEDY, use_tqdm=False)) == expected
     assert "".join(llm.stream({"prompt": PROMPTS[0]}, GREEDY)) == expected[0]
     assert texts(llm.generate([PROMPTS[1], ids], [GREEDY, GREEDY], use_tqdm=False))[1] == expected[0]
@@ -159,7 +160,10 @@ def test_a_stream_cannot_go_on_when_the_model_is_closed() -> None:
     llm = LLM(DEMO, device="cpu", dtype="float32", use_tqdm=False)
     stream = llm.stream(PROMPTS[2], GREEDY)
     next(stream)
+    weights = weakref.ref(llm.engine.model.weights)
     llm.close()
+    gc.collect()
+    assert weights() is None
     with pytest.raises(RequestError, match="this LLM is closed"):
         list(stream)
 
@@ -247,7 +251,12 @@ BAD_PROMPTS = [
     (7.5, "prompt 1: the prompt must be a string or a list of token ids, not float"),
     (None, "prompt 1: the prompt must be a string or a list of token ids, not NoneType"),
     (b"x", "prompt 1: the prompt must be a string or a list of token ids, not bytes"),
-    ({"text": "x"}, r"prompt 1: the prompt has neither 'prompt' nor 'prompt_token_ids', only \['text'\]"),
+    (
+        {"text": "x"},
+        r"prompt 1: the prompt is a dictionary of \['text'\], with .* under neither 'prompt_token_ids' nor",
+    ),
+    ({"prompt": {"prompt": "x"}}, r"prompt 1: the prompt is a dictionary of \['prompt'\]"),
+    ({"prompt": ["a", "b"]}, "prompt 1: the prompt must be a string or token ids, but it holds 'a'"),
 ]
 
 
@@ -264,6 +273,12 @@ def test_a_bad_prompt_can_be_recorded_while_the_others_run(llm: LLM) -> None:
     assert [o.error is None for o in outputs] == [True, False, False, False]
     assert "600 tokens" in (outputs[2].error or "") and "NoneType" in (outputs[3].error or "")
     assert outputs[1].outputs == [] and [o.request_id for o in outputs] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("prompt", [{"prompt_token_ids": []}, {"prompt": ["a", "b"]}, {"prompt": b"x"}, {"text": "x"}])
+def test_a_dictionary_is_one_prompt_whatever_it_holds(llm: LLM, prompt: dict) -> None:
+    (output,) = llm.generate(prompt, GREEDY, use_tqdm=False, on_error="record")
+    assert output.error and output.outputs == []
 
 
 def test_a_bad_conversation_is_named_by_its_index_or_recorded(llm: LLM) -> None:
@@ -286,8 +301,10 @@ def test_texts_are_encoded_together_and_only_bad_ones_stay(llm: LLM, monkeypatch
     tokenizer = llm.get_tokenizer()
     given = ["x = 1", [5, 6], "", "y", "\ud800", "z", "é"]
     encode = tokenizer.encode
-    expected = [encode("x = 1"), [5, 6], "", encode("y"), "\ud800", "z", encode("é")]  # "z" went with the surrogate
-    assert prompts.encode_texts(given, tokenizer) == expected
+    encoded = prompts.encode_texts(given, tokenizer)
+    surrogate = encoded.pop(4)
+    assert encoded == [encode("x = 1"), [5, 6], "", encode("y"), encode("z"), encode("é")]
+    assert isinstance(surrogate, RequestError)
     assert prompts.encode_texts(given, None) == given
     outputs = llm.generate(given, GREEDY, use_tqdm=False, on_error="record")
     assert [bool(output.error) for output in outputs] == [False, False, True, False, True, False, False]

@@ -104,12 +104,18 @@ def test_broken_compiler(tmp_path):
     assert_one_line(result, "could not compile", "unsupported GNU version")
 
 
-def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_made(tmp_path):
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'release 13.0, V13.0.88'\n")
+    nvcc.chmod(0o755)
     (tmp_path / "file").touch()
-    monkeypatch.setenv("LLAMA3_KERNEL_CACHE", str(tmp_path / "file" / "kernels"))
-    with pytest.raises(build.KernelBuildError, match=r"cannot make .*file/kernels .*set LLAMA3_KERNEL_CACHE"):
-        build._cache()
-    monkeypatch.delenv("LLAMA3_KERNEL_CACHE")
+    result = run(CUDA_HOME=str(tmp_path), LLAMA3_KERNEL_CACHE=str(tmp_path / "file/kernels"))
+    assert_one_line(result, "no folder for the built kernels", "file/kernels", "set LLAMA3_KERNEL_CACHE")
+
+
+def test_the_cache_lies_in_the_home_where_nothing_else_is_said(tmp_path, monkeypatch):
+    monkeypatch.delenv("LLAMA3_KERNEL_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert build._cache() == tmp_path / ".cache" / "llama3-kernels"
