@@ -43,7 +43,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     model.add_argument("--model_name", default=str(DEMO_MODEL), help="local folder or hub name (default: %(default)s)")
     model.add_argument("--shape", choices=sorted(SHAPES), help="this shape with random weights, in place of a model")
     model.add_argument("--dtype", default="auto", help="auto (the folder's), bfloat16, float16 or float32")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    model.add_argument("--device", default="auto", help="auto, cpu or cuda (the first that is visible)")
     model.add_argument("--kernels", default="auto", help="auto, reference or cuda (this engine only)")
     cases = parser.add_argument_group("what is measured")
     cases.add_argument("--max_gen_batch_size", type=int, default=1, help="sequences at once (default: %(default)s)")

@@ -46,6 +46,8 @@ def profile_decode(
     )
     result: dict[str, Any] = {
         "batch_size": case.batch_size,
+        "input_len": case.input_len,
+        "output_len": case.output_len,
         "context_len": case.input_len + case.output_len // 2,
         "untraced_us_per_step": (total - one_token) / (case.output_len - 1) * 1e6,
     }

@@ -18,8 +18,8 @@ DIGEST_KEY = "Data-SHA256"  # of the plotted data, as a text chunk of the PNG
 
 
 def check_path(path: Path) -> None:
-    """Raise RequestError, before anything is measured, where no plot could be written to `path` afterwards."""
-    if path.suffix != ".png":
+    """Raise RequestError, before anything is measured, if `path` is no PNG or nothing can be drawn here."""
+    if path.suffix.lower() != ".png":
         raise RequestError(f"a plot is a PNG, and {path} does not end in .png")
     new_figure(1, 1)
 

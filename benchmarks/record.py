@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +42,8 @@ class Measurement:
 class Record:
     """model: as in tables. settings: the flags that change figures. engines: by name, what each says of itself.
 
-    startup: by engine name, seconds from process start to first token. notes: what a reader must know.
+    startup: by engine name, seconds from process start to first token. notes: what a reader must know. asked: names of
+    "engines" and "cases" that runs were to measure.
     """
 
     model: str
@@ -58,6 +60,7 @@ class Record:
     startup: dict[str, dict[str, Any]] = field(default_factory=dict)
     profiles: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    asked: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, measurement: Measurement) -> None:
         """Append, or take the place of an earlier one of the same engine, case and sampling. A failure takes no
@@ -71,9 +74,19 @@ class Record:
             self.measurements[index] = measurement
 
     def add_profile(self, profile: dict[str, Any]) -> None:
-        """Append, or take the place of an earlier one of the same engine, sampling, batch and context."""
-        keys = ("engine", "sampling", "batch_size", "context_len")
-        self.profiles = [p for p in self.profiles if any(p[key] != profile[key] for key in keys)] + [profile]
+        """Append, or take the place of an earlier one of the same engine, sampling and case."""
+        keys = ("engine", "sampling", "batch_size", "input_len", "output_len")
+        self.profiles = [p for p in self.profiles if any(p.get(key) != profile[key] for key in keys)] + [profile]
+
+    def add_startup(self, engine: str, found: dict[str, Any]) -> None:
+        """As `add`, with what `benchmarks.startup` found."""
+        if "error" not in found or "error" in self.startup.get(engine, found):
+            self.startup[engine] = found
+
+    def note_asked(self, engines: Iterable[str], cases: Iterable[Case]) -> None:
+        """What a run is to measure, beside what earlier ones were: `gaps` says what of it was not."""
+        for key, values in (("engines", engines), ("cases", map(str, cases))):
+            self.asked[key] = list(dict.fromkeys([*self.asked.get(key, []), *values]))
 
     def note_dropped(self, repeats: int) -> None:
         """Note which engines ran a case less often than asked; of an earlier run's word on it nothing need hold now."""
@@ -83,14 +96,15 @@ class Record:
             self.notes.append(f"time budget ({', '.join(names)}): {DROPPED}")
 
     def gaps(self) -> list[str]:
-        """What engines were not asked for that others were, a line for each such engine."""
-        measured, lines = {m.key for m in self.measurements}, []
-        for name in self.engines:
+        """What was left out, of all that was asked for or measured of any engine: a line for each that lacks some."""
+        measured, lines = {(m.engine, str(m.case), m.sampling) for m in self.measurements}, []
+        cases = dict.fromkeys([*map(str, self.cases()), *self.asked.get("cases", [])])
+        for name in dict.fromkeys([*self.engines, *self.asked.get("engines", [])]):
             missing = []
-            for case in self.cases():
+            for case in cases:
                 without = [sampling for sampling in self.samplings() if (name, case, sampling) not in measured]
                 if without:
-                    missing.append(str(case) if without == self.samplings() else f"{case} {', '.join(without)}")
+                    missing.append(case if without == self.samplings() else f"{case} {', '.join(without)}")
             if missing:
                 lines.append(f"{MODES[name].label} was not measured at {'; '.join(missing)}")
         return lines

@@ -76,9 +76,10 @@ def _target(args: argparse.Namespace) -> Target:
 
 def _suites(args: argparse.Namespace, target: Target, device: torch.device) -> list[Suite]:
     """A record for each suite asked for, new or continued."""
-    environment = describe(on_gpu=device.type == "cuda")
+    on_gpu = device.type == "cuda"
+    environment = describe(on_gpu)
     settings = {"seed": args.random_seed, "repeats": args.repeats, "time_budget": args.time_budget}
-    settings |= {"device": args.device, "kernels": args.kernels, "gpu_before": gpu_state()}
+    settings |= {"device": args.device, "kernels": args.kernels, "gpu_before": gpu_state() if on_gpu else {}}
     peaks: Peaks | None = None
     suites = []
     for chosen in args.suites:
@@ -139,9 +140,11 @@ def _peaks(args: argparse.Namespace, device_name: str) -> Peaks:
 def _session(args: argparse.Namespace, target: Target) -> Session:
     device = resolve_device(args.device)
     if device.index:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        name = visible.split(",")[device.index] if visible else device.index
         raise RequestError(
             f"--device {device}: other engines, and what is said of the GPU, go by the first one that is visible: "
-            f"run with CUDA_VISIBLE_DEVICES={device.index} and --device cuda"
+            f"run with CUDA_VISIBLE_DEVICES={name} and --device cuda"
         )
     return Session(
         target=target,
@@ -169,7 +172,7 @@ def _startup(args: argparse.Namespace, session: Session) -> None:
     session.note_memory()  # writing the weights may have left a context of this process's own on the GPU
     for mode in session.modes:
         found = measure_startup(session.starter(mode), session.load_spec(mode), args.repeats, args.random_seed)
-        record.startup[mode.name] = found
+        record.add_startup(mode.name, found)
         if "error" in found:
             print(f"{mode.name}: failed: {found['error']}")
         else:

@@ -18,6 +18,7 @@ from benchmarks.metrics import compute_metrics, decode_bytes
 from benchmarks.record import Measurement, Record
 from benchmarks.target import Target
 from benchmarks.worker_client import EngineFailed, WorkerClient, WorkerDied
+from llama3.errors import RequestError
 
 # Seconds set aside for starting an engine, before it is known how long it takes.
 LOAD_SECONDS = {"ours": 15.0, "vllm": 60.0, "hf": 20.0}
@@ -94,7 +95,11 @@ class Session:
 
     def note_memory(self) -> None:
         """Take what is in use on the GPU now for what a worker leaves when it ends."""
-        self._memory_before = device_memory_used()[0]
+        self._memory_before = device_memory_used()[0] if self._on_gpu else 0
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device != "cpu"
 
     def run(self) -> list[Record]:
         """Measure everything; returns the records, errors included."""
@@ -103,6 +108,10 @@ class Session:
             for mode in self.modes
             for work in self._work(mode)
         }
+        if not items:
+            raise RequestError("--longest leaves out every case of every engine")
+        for suite in self.suites:
+            suite.record.note_asked([mode.name for mode in self.modes], suite.cases)
         rates = {mode.name: SECONDS_PER_BYTE[mode.family] for mode in self.modes}
         loads = {mode.name: LOAD_SECONDS[mode.family] for mode in self.modes}
         self._budget = TimeBudget(self.time_budget, items, rates, loads, self.repeats)
@@ -150,7 +159,7 @@ class Session:
                 self.events.loaded(mode, engine)
                 while pending:
                     self._measure(worker, mode, pending.pop(0), ready["full_warmup"])
-                engine["gpu_after"] = gpu_state()
+                engine["gpu_after"] = gpu_state() if self._on_gpu else {}
 
     def _measure(self, worker: WorkerClient, mode: EngineMode, work: _Work, full_warmup: bool) -> None:
         record, case, sampling = work.suite.record, work.case, work.sampling
@@ -182,7 +191,8 @@ class Session:
                 work.suite.save()
 
     def start_worker(self, mode: EngineMode) -> WorkerClient:
-        wait_for_memory(self._memory_before + MEMORY_SLACK_MIB)
+        if self._on_gpu:
+            wait_for_memory(self._memory_before + MEMORY_SLACK_MIB)
         log = self.log_folder / f"{mode.name}.log" if self.log_folder else None
         return WorkerClient(mode, timeout=self.timeout, log=log)
 

@@ -57,10 +57,10 @@ class Target:
         if not self.random_weights:
             return self
         if not (folder / "config.json").exists():
-            partial = folder.with_name(
-                folder.name + ".partial"
-            )  # whole or not at all: writing gigabytes may be stopped
-            shutil.rmtree(partial, ignore_errors=True)
+            # Whole or not at all: writing gigabytes may be stopped.
+            partial = folder.with_name(folder.name + ".partial")
+            for incomplete in (partial, folder):
+                shutil.rmtree(incomplete, ignore_errors=True)
             make_random_model(partial, self.config, self.dtype, progress=False)
             partial.replace(folder)
         config = ModelConfig.from_folder(folder)

@@ -125,7 +125,9 @@ def test_two_suites_from_one_start_in_a_file_each(tmp_path, capsys, monkeypatch)
     assert seed == Record.load(tmp_path / "seed-tiny.json") and profile == Record.load(tmp_path / "profile-tiny.json")
     assert [(m.case, m.sampling) for m in seed.measurements] == [(Case(2, 8, 4), "mission"), (Case(2, 8, 4), "greedy")]
     assert [m.case for m in profile.measurements] == [Case(1, 8, 4)]
-    assert not profile.notes and not seed.notes
+    assert profile.gaps() == ["Custom was not measured at 1 x 8/9"] and not seed.gaps()
+    with pytest.raises(RequestError, match="leaves out every case"):
+        execute(parse(*TINY, "--max_gen_len", "16", "--longest", '{"ours": 4}'))
     assert seed.engines == profile.engines and (tmp_path / "profile.csv").exists()
 
 
@@ -170,10 +172,11 @@ def test_a_profile_on_a_cpu(tmp_path, capsys):
     calls = {row["name"]: row["calls"] / found["op_steps"] for row in found["ops"]}
     assert calls == {"embed": 1, "qkv": 2, "attention": 2, "o": 2, "gate-up": 2, "down": 2, "head": 1, "sample": 1}
     assert json.loads(json_path.read_text())["profiles"] == record.profiles
-    cases = ["--scenarios", "[[1, 8, 4], [1, 8, 64]]", "--append"]  # the first is too short to be traced
+    cases = ["--scenarios", "[[1, 8, 4], [1, 8, 64], [1, 6, 68]]", "--append"]  # the first is too short to be traced
     (again,) = execute(parse(*flags, *cases, "--profile", str(trace)))
-    assert "1 x 8/4 failed: " in capsys.readouterr().out and trace.with_name("2-trace.json.gz").exists()
-    assert len(again.profiles) == 1 and again.profiles != record.profiles
+    assert "1 x 8/4 failed: " in capsys.readouterr().out and trace.with_name("3-trace.json.gz").exists()
+    assert [(p["input_len"], p["output_len"]) for p in again.profiles] == [(8, 64), (6, 68)]
+    assert again.profiles[0] != record.profiles[0]
 
 
 def test_startup_from_a_checkpoint(tmp_path, capsys, monkeypatch):
@@ -182,6 +185,12 @@ def test_startup_from_a_checkpoint(tmp_path, capsys, monkeypatch):
     assert "ours: first token " in capsys.readouterr().out
     assert 0 < record.startup["ours"]["median"] < 60
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["tiny-bfloat16"]
+    measured = dict(record.startup)
+    record.add_startup("ours", {"error": "later"})
+    assert record.startup == measured
+    record.add_startup("hf-eager", {"error": "at first"})
+    record.add_startup("hf-eager", measured["ours"])
+    assert record.startup == measured | {"hf-eager": measured["ours"]}
 
 
 def test_a_checkpoint_that_was_stopped_on_its_way_is_written_again(tmp_path, monkeypatch):
@@ -194,6 +203,8 @@ def test_a_checkpoint_that_was_stopped_on_its_way_is_written_again(tmp_path, mon
         patch.setattr("tools.make_random_model._write_weights", interrupt)
         target.with_weights(folder)
     assert not folder.exists()
+    folder.mkdir()
+    (folder / "model.safetensors").touch()  # of an older version, which wrote in place
     target.with_weights(folder)
     assert list(folder.glob("*.safetensors")) and [path.name for path in folder.parent.iterdir()] == ["tiny"]
 
@@ -203,10 +214,13 @@ def test_results_of_a_cpu_are_not_taken_for_a_gpu_s(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.environment.query_gpu", lambda *fields: [values.get(f, "0") for f in fields])
     (record,) = execute(parse(*TINY, "--device", "cpu", "--input_len", "8", "--max_gen_len", "4", "--repeats", "1"))
     assert record.subject == "tiny on CPU" and "driver" not in record.environment
+    assert record.settings["gpu_before"] == record.engines["ours"]["gpu_after"] == {}
     assert record.peaks == known_peaks("CPU")
 
 
-def test_a_gpu_that_is_not_the_first_is_refused(monkeypatch):
+@pytest.mark.parametrize(("visible", "name"), [("", "1"), ("2,3", "3")])
+def test_a_gpu_that_is_not_the_first_is_refused(monkeypatch, visible, name):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr("benchmarks.run.resolve_device", lambda device: torch.device("cuda", 1))
-    with pytest.raises(RequestError, match="run with CUDA_VISIBLE_DEVICES=1 and --device cuda"):
+    with pytest.raises(RequestError, match=f"run with CUDA_VISIBLE_DEVICES={name} and --device cuda"):
         execute(parse(*TINY))
