@@ -15,6 +15,7 @@ TEXT_FILES = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 ]
 HUB_TIMEOUT_S = 5  # for the first answer; the hub client alone retries a silent connection for minutes
 
@@ -34,9 +35,7 @@ def resolve_folder(name: str | Path) -> Path:
         raise HubError(f"{name}: a file; give the folder that holds config.json")
     if not name or looks_like_path(name):
         raise HubError(f'"{name}": no such folder; give a folder, or a hub name such as meta-llama/Llama-3.2-1B')
-    folder = _download(name)
-    check_folder(folder, f"{name} on the hub")
-    return folder
+    return _fetch(name)
 
 
 def looks_like_path(name: str) -> bool:
@@ -64,8 +63,39 @@ def check_folder(folder: Path, title: str) -> None:
     raise HubError(message)
 
 
+def _fetch(name: str) -> Path:
+    """The folder of the hub model `name` in the hub cache, downloaded, or as it lies there if the hub gives nothing."""
+    try:
+        folder = _download(name)
+    except _NoDownload as reason:
+        from huggingface_hub import snapshot_download
+
+        try:
+            # Only this file: what else the hub has and the cache lacks may not be needed.
+            folder = Path(snapshot_download(name, allow_patterns=["config.json"], local_files_only=True))
+        except Exception:
+            raise reason.error from None
+        try:
+            check_folder(folder, str(folder))
+        except HubError as problem:
+            raise HubError(f"{name}: {reason}, and what is cached does not do: {problem}") from None
+        print(f"{name}: {reason}; using the cached {folder}", file=sys.stderr)
+        return folder
+    check_folder(folder, f"{name} on the hub")
+    return folder
+
+
+class _NoDownload(Exception):
+    """The hub gives nothing, said in a few words. error: what to raise if the cache does not hold the model either."""
+
+    def __init__(self, reason: str, error: HubError) -> None:
+        super().__init__(reason)
+        self.error = error
+
+
 def _download(name: str) -> Path:
-    """Fetch what is needed of the hub model `name` into the hub cache, or find it there, and return the folder."""
+    """Fetch what is needed of the hub model `name` into the hub cache and return the folder. Raises HubError, and
+    _NoDownload where the cache may help."""
     # Imported here: a local folder must not even load the client.
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -87,13 +117,14 @@ def _download(name: str) -> Path:
     except HFValidationError:
         raise HubError(f"{name}: neither a folder here nor a valid hub name (OWNER/NAME)") from None
     except GatedRepoError:
-        raise HubError(
-            f"{name}: gated on the hub; accept its licence at https://huggingface.co/{name} and set HF_TOKEN, {local}"
-        ) from None
+        how = f"accept its licence at https://huggingface.co/{name} and set HF_TOKEN, {local}"
+        raise _NoDownload("gated on the hub", HubError(f"{name}: gated on the hub; {how}")) from None
     except RepositoryNotFoundError:
-        raise HubError(f"{name}: no folder here, and no such model on the hub (a private one needs HF_TOKEN)") from None
+        how = "no such model on the hub (a private one needs HF_TOKEN)"
+        raise _NoDownload(how, HubError(f"{name}: no folder here, and {how}")) from None
     except HfHubHTTPError as error:
-        raise HubError(f"{name}: the hub answered {_first_line(error)}; try again later, {local}") from None
+        reason = f"the hub answered {_first_line(error)}"
+        raise _NoDownload(reason, HubError(f"{name}: {reason}; try again later, {local}")) from None
     except HubError:
         raise
     except OfflineModeIsEnabled:
@@ -102,15 +133,10 @@ def _download(name: str) -> Path:
         reason = _first_line(error)
         if reached:
             raise HubError(f"{name}: the download failed ({reason}); run again to resume it, {local}") from None
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=TEXT_FILES, local_files_only=True))
-    except Exception:
-        raise HubError(
-            f"{name}: no folder here, not in the hub cache, and the hub cannot be reached ({reason});"
-            f" go online, {local}"
-        ) from None
-    print(f"{name}: the hub cannot be reached ({reason}); using the cached {folder}", file=sys.stderr)
-    return folder
+    reason = f"the hub cannot be reached ({reason})"
+    raise _NoDownload(
+        reason, HubError(f"{name}: no folder here, not in the hub cache, and {reason}; go online, {local}")
+    )
 
 
 def _weight_files(folder: Path) -> list[str]:

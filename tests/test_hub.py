@@ -158,6 +158,39 @@ def test_a_downloaded_model_works_offline(fake_hub: FakeHub, monkeypatch: pytest
     assert capsys.readouterr().err.endswith(note)
 
 
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        ("missing", "no such model on the hub (a private one needs HF_TOKEN)"),
+        ("gated", "gated on the hub"),
+        ("broken", "the hub answered Server error '500"),
+    ],
+)
+def test_what_is_cached_does_without_the_hub(fake_hub: FakeHub, failure: str, said: str, capsys):
+    fill(fake_hub, sharded=True)
+    folder = resolve_folder(NAME)
+    fake_hub.failure = failure
+    capsys.readouterr()
+    assert resolve_folder(NAME) == folder
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"{NAME}: {said}") and printed.endswith(f"; using the cached {folder}\n")
+
+
+def test_offline_only_what_the_model_needs_has_to_be_cached(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
+    fill(fake_hub, sharded=False)
+    some = ["config.json", "tokenizer.json", "*.safetensors"]
+    folder = huggingface_hub.snapshot_download(NAME, allow_patterns=some, ignore_patterns=["cons*", "original/*"])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert resolve_folder(NAME) == Path(folder)
+    (Path(folder) / "model.safetensors").unlink()
+    with pytest.raises(HubError) as caught:
+        resolve_folder(NAME)
+    assert str(caught.value) == (
+        f"{NAME}: the hub cannot be reached (HF_HUB_OFFLINE is set), and what is cached does not do: {folder}: not a"
+        " complete model folder; missing: model.safetensors (or model.safetensors.index.json and its shards)"
+    )
+
+
 def test_a_model_without_safetensors_is_refused(fake_hub: FakeHub):
     (fake_hub.folder / "config.json").write_text("{}")
     (fake_hub.folder / "pytorch_model.bin").write_text("{}")
