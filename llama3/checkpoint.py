@@ -1,12 +1,13 @@
 """safetensors files of a Hugging Face folder -> packed parameters on the device.
 
-Strict: every tensor of the files is used exactly once, and everything is checked against the config before any memory
-is allocated. Only NaN and Inf are found later, on the device; then the load raises too: nothing half-loaded gets out.
-The files may hold any of the three float types; the values are cast to the asked one, as transformers does.
+Strict: every tensor of the files but rotary tables is used exactly once, and everything is checked against the config
+before any memory is allocated. Only NaN and Inf are found later, on the device; then the load raises too: nothing
+half-loaded gets out. The files may hold any of the three float types; the values are cast to the asked one, as
+transformers does.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROTARY_TABLE = ".rotary_emb.inv_freq"
 NAMES_SHOWN = 3
 
 
@@ -52,7 +54,7 @@ def load_weights(
     the rate on stderr. Raises CheckpointError, naming the file and the tensor.
     """
     device, dtype = torch.device(device), dtype or config.dtype
-    stored = find_tensors(Path(folder))
+    stored = _as_in_the_model(find_tensors(Path(folder)), config)
     _check(stored, tensor_targets(empty_weights(config, "meta", dtype), config), Path(folder))
     weights = empty_weights(config, device, dtype)
     _fill(tensor_targets(weights, config), stored, device, progress)
@@ -92,6 +94,15 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
             f"{folder}: {INDEX_FILE} does not list {_count(unlisted, 'tensor')}: {_listing(unlisted)}"
         )
     return tensors
+
+
+def _as_in_the_model(stored: dict[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
+    """Without rotary tables, which old converters wrote and we compute; a matrix that embedding and head share may be
+    stored under either name."""
+    stored = {name: tensor for name, tensor in stored.items() if not name.endswith(ROTARY_TABLE)}
+    if config.tie_word_embeddings and EMBED not in stored and HEAD in stored:
+        stored[EMBED] = replace(stored.pop(HEAD), name=EMBED)
+    return stored
 
 
 def tensor_targets(weights: ModelWeights, config: ModelConfig) -> dict[str, Target]:

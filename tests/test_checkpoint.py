@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import LlamaForCausalLM
 
 from llama3 import checkpoint, tensor_stream
@@ -152,6 +152,22 @@ def test_a_tied_head_stored_twice_must_say_the_same(tmp_path: Path):
     )
     edit_config(tmp_path, tie_word_embeddings=False)
     torch.testing.assert_close(load(tmp_path).lm_head, embed, rtol=0, atol=0)
+
+
+def test_a_shared_matrix_may_be_stored_as_the_head(tmp_path: Path):
+    model = make_model_folder(tmp_path, tie_word_embeddings=True)
+    save_model(model, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    assert HEAD in load_file(tmp_path / "model.safetensors") and EMBED not in load_file(tmp_path / "model.safetensors")
+    assert_holds(load(tmp_path), model, torch.float32)
+    edit_config(tmp_path, tie_word_embeddings=False)
+    with pytest.raises(CheckpointError, match=rf"1 tensor missing: {EMBED}"):
+        load(tmp_path)
+
+
+def test_rotary_tables_of_old_converters_are_passed_over(tmp_path: Path):
+    model = make_model_folder(tmp_path)
+    edit_tensors(tmp_path, {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(32) for i in range(2)})
+    assert_holds(load(tmp_path), model, torch.float32)
 
 
 def truncate(folder: Path) -> None:
