@@ -42,13 +42,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    prompts = args.prompt or DEFAULT_PROMPTS
+    prompts, params = args.prompt or DEFAULT_PROMPTS, sampling_params(args)
     start = time.perf_counter()
     with LLM(**model_arguments(args)) as llm:
         ready = time.perf_counter()
         print(f"model:   {llm.name} ({llm.config.num_parameters / 1e6:.1f} M parameters, {llm.dtype})")
         print(f"device:  {device_name(llm.device)}; {llm.kernels}")
-        outputs = llm.generate(prompts, sampling_params(args))
+        outputs = llm.generate(prompts, params)
         for prompt, output in zip(prompts, outputs, strict=True):
             print(f"\n--- prompt ---\n{prompt}\n--- completion ---\n{output.outputs[0].text}")
         figures = measured(llm, start_seconds=ready - start)

@@ -19,10 +19,11 @@ from llama3.cli import (
 
 def generate(args: argparse.Namespace) -> None:
     """Stream a completion of each prompt; the text alone goes to standard output."""
+    params = sampling_params(args)
     with LLM(**model_arguments(args)) as llm:
         print(f"{llm.name}: {llm.kernels}", file=sys.stderr)
         for prompt in args.prompt:
-            for piece in llm.stream(prompt, sampling_params(args)):
+            for piece in llm.stream(prompt, params):
                 print(piece, end="", flush=True)
             print()
             stats = llm.stats

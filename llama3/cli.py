@@ -1,6 +1,8 @@
 """Command-line flags that the scripts share. Every flag is accepted with underscores and with dashes."""
 
 import argparse
+import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -16,8 +18,14 @@ INTERRUPTED = 130
 
 def run_main(main: Callable[[list[str]], None]) -> None:
     """Run a script's `main`: an error of the user's is one line and exit code 2, Ctrl-C is exit code 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not Unicode shows what it can
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails
+        sys.exit(1)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

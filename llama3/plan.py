@@ -86,12 +86,14 @@ class MemoryPlan:
         if self.fits(num_rows, max_len):
             return
         cache = KVCache.num_bytes(self.config, num_rows, max_len, self.dtype)
+        fewer, shorter = self.largest_num_rows(max_len, num_rows), self.largest_max_len(num_rows, max_len)
+        fitting = [f"max_num_seqs={fewer} at this length"] if fewer else []
+        fitting += [f"max_model_len={shorter} for this many"] if shorter else []
         raise CapacityError(
             f"not enough memory for {num_rows} sequences of {max_len} tokens: weights {self.weights / GIB:.2f} GiB, "
             f"KV cache {cache / GIB:.2f} GiB, activations and logits "
             f"{(self.needed(num_rows, max_len) - cache) / GIB:.2f} GiB, free {self.free / GIB:.2f} GiB; "
-            f"what fits: max_num_seqs={self.largest_num_rows(max_len, num_rows)} at this length, or "
-            f"max_model_len={self.largest_max_len(num_rows, max_len)} for this many"
+            f"what fits: {', or '.join(fitting) or 'nothing: a smaller model or more memory is needed'}"
         )
 
 

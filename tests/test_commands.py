@@ -67,6 +67,24 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(arguments: tuple[str, ...]
     assert "Traceback" not in result.stderr
 
 
+def test_sampling_is_checked_before_a_model_is_looked_for() -> None:
+    for script in (["test_llama3.py"], ["-m", "llama3", "generate", "x"]):
+        result = command(*script, "--top_p", "7", "--model_name", "./no-such-folder")
+        assert result.returncode == 2 and "top_p is 7.0" in result.stderr
+
+
+def test_output_that_nobody_reads_any_more_is_no_error() -> None:
+    code = "import sys; from llama3.cli import run_main; run_main(lambda argv: [print('é' * 999) for _ in range(999)])"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(3) == b"???"
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
+
+
 def test_generate_writes_only_the_text_to_standard_output() -> None:
     result = command("-m", "llama3", "generate", "import os\n", "--temperature=0", "--max_gen_len=8")
     assert result.returncode == 0, result.stderr
