@@ -23,8 +23,9 @@ class Answer:
         if detokenizer is None:
             return None
         is_stop_token = sequence.finish_reason == "stop"  # the last one then: no part of the text
+        before = len(sequence.output_ids) - len(token_ids)
         for i, token in enumerate(token_ids[:-1] if is_stop_token else token_ids):
-            self.pieces.append(detokenizer.feed(token))
+            self.pieces.append(detokenizer.feed(token, may_stop=before + i >= sequence.params.min_tokens))
             if detokenizer.stopped_by is not None:
                 surplus = len(token_ids) - 1 - i
                 del sequence.output_ids[len(sequence.output_ids) - surplus :]

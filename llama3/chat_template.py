@@ -19,6 +19,10 @@ from llama3.errors import RequestError, TokenizerError
 
 Message = Mapping[str, Any]
 
+# Behind a message that is to be continued: where to cut what the template wrote. Its space tells whether the template
+# trims what it is given.
+_CUT = "[the answer goes on here] "
+
 
 class ChatTemplate:
     """One template, compiled when it is made. Raises TokenizerError, naming `source`, if it is not valid Jinja."""
@@ -38,17 +42,25 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """The prompt's text for `messages`; `variables` (special tokens, date_string, …) are visible to the template.
 
-        Raises RequestError for messages or tools of the wrong form, TokenizerError where the template itself refuses.
+        continue_final_message: end within the last message, so that the answer continues it. Raises RequestError for
+        messages or tools of the wrong form, TokenizerError where the template itself refuses.
         """
         cleaned = check_messages(messages)
+        if continue_final_message:
+            if add_generation_prompt:
+                raise RequestError("continue_final_message goes with add_generation_prompt=False")
+            if not isinstance(cleaned[-1].get("content"), str):
+                raise RequestError("continue_final_message: the last message has no text to continue")
+            cleaned[-1]["content"] += _CUT
         if tools is not None and not all(isinstance(tool, Mapping) for tool in tools):
             raise RequestError("tools must be JSON schemas (dictionaries); describe a Python function by its schema")
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=cleaned,
                 tools=tools,
                 documents=documents,
@@ -57,8 +69,16 @@ class ChatTemplate:
             )
         except TemplateError as reason:
             raise TokenizerError(f"{self.source}: the chat template refuses these messages: {reason}") from None
-        except (TypeError, ValueError) as reason:  # an operation of the template on a value of another type
-            raise TokenizerError(f"{self.source}: the chat template fails on these messages: {reason}") from None
+        except Exception as reason:  # foreign code may do anything
+            raise TokenizerError(f"{self.source}: the chat template fails on these messages: {reason!r}") from None
+        return _before_cut(text, self.source) if continue_final_message else text
+
+
+def _before_cut(text: str, source: str) -> str:
+    before, cut, after = text.rpartition(_CUT.strip())
+    if not cut:
+        raise TokenizerError(f"{source}: the chat template leaves out the last message, so it cannot be continued")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

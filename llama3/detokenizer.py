@@ -26,11 +26,15 @@ class Detokenizer:
         self._pending = ""  # decoded, but perhaps the start of a stop string
         self.stopped_by: str | None = None
 
-    def feed(self, token_id: int) -> str:
-        """The text that is certain now and was not before, often empty; nothing after a stop string."""
+    def feed(self, token_id: int, may_stop: bool = True) -> str:
+        """The text that is certain now and was not before, often empty; nothing after a stop string.
+
+        may_stop: look for stop strings in this token's text. Of an answer, all tokens up to one may not.
+        """
         if token_id in self._skipped:
             return ""
-        return self._advance(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        return self._advance(text) if may_stop else text
 
     def flush(self) -> str:
         """The rest of the text, when no token follows; a character that never became whole is U+FFFD."""

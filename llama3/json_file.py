@@ -81,3 +81,12 @@ class JsonObject:
 
 def is_token_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def token_ids(values: Mapping[str, Any], key: str, path: Path, error: type[UserError]) -> list[int]:
+    """The id or the list of ids under `key` of the file `path`; none where the key is absent."""
+    found = values.get(key)
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(is_token_id(token_id) for token_id in ids):
+        raise error(f"{path}: {key} is {found!r}; a token id or a list of them is needed")
+    return ids

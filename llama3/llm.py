@@ -74,7 +74,8 @@ class LLM:
         self._fixed_len = max_model_len is not None
         self._max_num_seqs, self.seed = max_num_seqs, seed
         self._tokenizer, self._sampling_defaults = loaded.tokenizer, loaded.sampling_defaults
-        stop_ids = self.config.eos_token_ids | (loaded.tokenizer.stop_ids if loaded.tokenizer else frozenset())
+        stop_ids = self.config.eos_token_ids | loaded.stop_ids
+        stop_ids |= loaded.tokenizer.stop_ids if loaded.tokenizer else frozenset()
         self._stop_ids = frozenset(token for token in stop_ids if token < self.config.vocab_size)  # others never come
         self._num_requests = 0
         self._busy = False
@@ -187,18 +188,20 @@ class LLM:
         use_tqdm: bool = True,
         *,
         on_error: str = "raise",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **template_kwargs: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of {"role", "content"}) or a list of them, through the chat template.
 
-        on_error: as in `generate`, with a conversation for a prompt. template_kwargs: of `apply_chat_template`.
+        on_error: as in `generate`, with a conversation for a prompt. template_kwargs: of `apply_chat_template`;
+        chat_template_kwargs adds to them.
         """
         _check_on_error(on_error)
         if isinstance(messages, Mapping):
             raise RequestError("messages must be a list of {'role', 'content'}, not one of them: put it into a list")
         is_one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if is_one else list(messages)
-        encoded = encode_chats(conversations, self.get_tokenizer(), template_kwargs)
+        encoded = encode_chats(conversations, self.get_tokenizer(), template_kwargs | dict(chat_template_kwargs or {}))
         return self._complete([None] * len(encoded), encoded, sampling_params, use_tqdm, on_error)
 
     def chat_prompt(self, messages: Items[Message], **template_kwargs: Any) -> list[int]:

@@ -12,18 +12,20 @@ from llama3.config import ModelConfig
 from llama3.device import resolve_device, resolve_dtype
 from llama3.errors import ConfigError
 from llama3.hub import resolve_folder
-from llama3.json_file import read_json_object
+from llama3.json_file import read_json_object, token_ids
 from llama3.plan import MemoryPlan, free_memory
 from llama3.tokenizer import Tokenizer
 from llama3.weights import ModelWeights, random_weights
 
-# generation_config.json's keys that SamplingParams knows; its other keys do not concern sampling here.
+GENERATION_FILE = "generation_config.json"
+# Its keys that SamplingParams knows; its other keys do not concern sampling here.
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
 
 
 @dataclass
 class LoadedModel:
-    """Parameters on their device, with the tokenizer (None if the folder has none) and the folder's sampling values."""
+    """Parameters on their device, with the tokenizer (None if the folder has none) and what generation_config.json says
+    of sampling and of the ids that end an answer."""
 
     name: str
     config: ModelConfig
@@ -31,6 +33,7 @@ class LoadedModel:
     tokenizer: Tokenizer | None = None
     sampling_defaults: dict[str, Any] = field(default_factory=dict)
     load_seconds: float = 0.0
+    stop_ids: frozenset[int] = frozenset()
 
     @classmethod
     def load(
@@ -44,11 +47,14 @@ class LoadedModel:
         tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
         weight_bytes = config.weight_bytes(resolved_dtype)
         MemoryPlan(config, resolved_dtype, free_memory(target), weight_bytes, num_batched_tokens=1).check(1, 1)
+        generation_config = read_generation_config(folder)
+        stop_ids = token_ids(generation_config, "eos_token_id", folder / GENERATION_FILE, ConfigError)
         start = time.perf_counter()
         weights = load_weights(folder, config, target, resolved_dtype, progress=show_progress)
         weights.fold_norms()
         seconds = time.perf_counter() - start
-        return cls(str(name), config, weights, tokenizer, read_sampling_defaults(folder), seconds)
+        defaults = sampling_defaults(generation_config)
+        return cls(str(name), config, weights, tokenizer, defaults, seconds, frozenset(stop_ids))
 
     @classmethod
     def random(cls, name: str, config: ModelConfig, device: str | torch.device, seed: int = 0) -> "LoadedModel":
@@ -58,12 +64,13 @@ class LoadedModel:
         return cls(name, config, weights)
 
 
-def read_sampling_defaults(folder: Path) -> dict[str, Any]:
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / GENERATION_FILE
+    return read_json_object(path, ConfigError) if path.exists() else {}
+
+
+def sampling_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """What generation_config.json says explicitly about sampling; do_sample false means greedy."""
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return {}
-    values = read_json_object(path, ConfigError)
     if values.get("do_sample") is False:
         return {"temperature": 0.0}
     return {key: values[key] for key in SAMPLING_KEYS if values.get(key) is not None}

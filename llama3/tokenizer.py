@@ -10,7 +10,7 @@ from tokenizers import decoders
 
 from llama3.chat_template import ChatTemplate, Message
 from llama3.errors import RequestError, TokenizerError
-from llama3.json_file import is_token_id, read_json_object
+from llama3.json_file import is_token_id, read_json_object, token_ids
 
 # Llama 3's ends of a text, of a tool call and of a turn. They end an answer wherever the vocabulary has them, because
 # many folders list only one of them.
@@ -72,13 +72,13 @@ class Tokenizer:
             raise TokenizerError(f"{path}: has token id {largest}, but the model's vocabulary ends at {vocab_size - 1}")
         config = _read_optional(folder / "special_tokens_map.json") | _read_optional(folder / "tokenizer_config.json")
         generation_config = _read_optional(folder / "generation_config.json")
-        bos_ids = _token_ids(model_config, "bos_token_id", folder / "config.json")
+        bos_ids = token_ids(model_config, "bos_token_id", folder / "config.json", TokenizerError)
         return cls(
             backend,
             source=str(path),
             special_tokens=_special_tokens(config),
-            stop_ids=_token_ids(model_config, "eos_token_id", folder / "config.json")
-            + _token_ids(generation_config, "eos_token_id", folder / "generation_config.json"),
+            stop_ids=token_ids(model_config, "eos_token_id", folder / "config.json", TokenizerError)
+            + token_ids(generation_config, "eos_token_id", folder / "generation_config.json", TokenizerError),
             bos_token_id=bos_ids[0] if bos_ids else None,
             chat_templates=_chat_templates(folder, config),
         )
@@ -121,7 +121,8 @@ class Tokenizer:
     ) -> str:
         """The prompt's text for a conversation, special tokens written out; encode it with add_special_tokens=False.
 
-        `chat_template` replaces the folder's. `variables` such as date_string or documents go to the template.
+        `chat_template`: a text in place of the folder's, or the name of one of its others. `variables` such as
+        date_string, documents or continue_final_message (see `ChatTemplate.render`) go to the template.
         Raises RequestError for malformed messages, TokenizerError where there is no template or it refuses.
         """
         template = self._chat_template(chat_template, tools is not None)
@@ -150,14 +151,17 @@ class Tokenizer:
 
     def _chat_template(self, given: str | None, with_tools: bool) -> ChatTemplate:
         name = "tool_use" if with_tools and "tool_use" in self._chat_templates else "default"
-        text = given if given is not None else self._chat_templates.get(name)
+        text = self._chat_templates.get(name if given is None else given, given)
+        if text is None and self._chat_templates:
+            names = ", ".join(self._chat_templates)
+            raise TokenizerError(f"{Path(self._source).parent}: has no default chat template: name one of {names}")
         if text is None:
             raise TokenizerError(
                 f"{Path(self._source).parent}: has no chat template (chat_template in tokenizer_config.json, or "
                 "chat_template.jinja): a base model continues text, so use generate, or pass chat_template"
             )
         if text not in self._compiled:
-            self._compiled[text] = ChatTemplate(text, "chat_template" if given is not None else self._source)
+            self._compiled[text] = ChatTemplate(text, "chat_template" if text == given else self._source)
         return self._compiled[text]
 
 
@@ -175,15 +179,6 @@ def _read_optional(path: Path) -> dict[str, Any]:
     return read_json_object(path, TokenizerError) if path.exists() else {}
 
 
-def _token_ids(values: Mapping[str, Any], key: str, path: Path) -> list[int]:
-    """The id or list of ids under `key`."""
-    found = values.get(key)
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(is_token_id(token_id) for token_id in ids):
-        raise TokenizerError(f"{path}: {key} is {found!r}; a token id or a list of them is needed")
-    return ids
-
-
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """`bos_token`, `eos_token`, … by name: what templates may print. A value is a string or {"content": string}."""
     named = {}
@@ -195,7 +190,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates by name; chat_template.jinja is the default one and comes before the JSON file's."""
+    """Templates by name; those in files come before the JSON file's, and chat_template.jinja is the default one."""
     value = config.get("chat_template") or {}
     # Either one text, or [{"name": …, "template": …}].
     entries = value if isinstance(value, list) else [{"name": "default", "template": value}] if value else []
@@ -204,10 +199,12 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     except (TypeError, KeyError):
         path = folder / "tokenizer_config.json"
         raise TokenizerError(f"{path}: chat_template must be a string or a list of name and template") from None
-    path = folder / "chat_template.jinja"
-    if path.is_file():
+    paths = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        paths["default"] = folder / "chat_template.jinja"
+    for name, path in paths.items():
         try:
-            templates["default"] = path.read_text(encoding="utf-8")
+            templates[name] = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as reason:
             raise TokenizerError(f"{path}: cannot be read: {reason}") from None
     return templates

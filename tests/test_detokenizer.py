@@ -128,6 +128,20 @@ def test_after_a_stop_string_nothing_comes(tokenizer: Tokenizer) -> None:
     assert (detokenizer.feed(ids[0]), detokenizer.flush()) == ("", "")
 
 
+@EXAMPLES
+@given(text=st.text(alphabet="ab \n€", max_size=40), stop=stops, cut=st.integers(0, 40))
+def test_no_stop_string_is_looked_for_in_the_first_tokens(
+    tokenizer: Tokenizer, text: str, stop: tuple[str, ...], cut: int
+) -> None:
+    first, rest = (tokenizer.encode(part, add_special_tokens=False) for part in (text[:cut], text[cut:]))
+    detokenizer = Detokenizer(tokenizer, stop=stop)
+    shown = "".join([detokenizer.feed(token_id, may_stop=False) for token_id in first])
+    assert shown == text[:cut]
+    shown += "".join([detokenizer.feed(token_id) for token_id in rest]) + detokenizer.flush()
+    expected, reason = search(text[cut:], stop)
+    assert (shown, detokenizer.stopped_by) == (text[:cut] + expected, reason)
+
+
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(text=texts)
 def test_a_stop_string_may_be_a_special_token_that_is_shown(tokenizer: Tokenizer, text: str) -> None:

@@ -101,6 +101,18 @@ def test_stop_strings_end_the_text_before_them(llm: LLM) -> None:
     assert "".join(llm.stream(PROMPTS[2], params)) == completion.text
 
 
+def test_stop_strings_wait_for_min_tokens(llm: LLM) -> None:
+    ids = llm.generate(PROMPTS[2], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    pieces = [llm.get_tokenizer().decode([token]) for token in ids]
+    newlines = [i for i, piece in enumerate(pieces) if "\n" in piece]
+    early, later = newlines[0], newlines[1]
+    for min_tokens, at in ((0, early), (early, early), (early + 1, later)):
+        params = SamplingParams(temperature=0, max_tokens=24, min_tokens=min_tokens, stop="\n")
+        (completion,) = llm.generate(PROMPTS[2], params, use_tqdm=False)[0].outputs
+        assert completion.token_ids == ids[: at + 1] and completion.stop_reason == "\n"
+        assert completion.text == "".join(pieces[:at]) + pieces[at].split("\n")[0]
+
+
 def test_stop_token_ids_and_ignore_eos(llm: LLM) -> None:
     (output,) = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
     ids = output.outputs[0].token_ids
@@ -124,6 +136,10 @@ def test_chat_stops_at_the_end_of_the_turn_unless_told_not_to(llm: LLM) -> None:
     (longer,) = llm.chat(messages, ignoring, use_tqdm=False)[0].outputs
     assert longer.token_ids[: len(completion.token_ids)] == completion.token_ids
     assert longer.finish_reason == "length"
+    begun = [*messages, {"role": "assistant", "content": "def add("}]
+    how = {"continue_final_message": True, "chat_template_kwargs": {"add_generation_prompt": False}}
+    (continued,) = llm.chat(begun, GREEDY, use_tqdm=False, **how)
+    assert llm.get_tokenizer().decode(continued.prompt_token_ids).endswith("def add(")
     both = llm.chat([messages, messages], GREEDY, use_tqdm=False)
     assert [o.prompt_token_ids for o in both] == [expected, expected]
 
@@ -367,6 +383,10 @@ def test_a_job_that_does_not_fit_is_refused_with_what_would_fit(llm: LLM) -> Non
     assert f"max_num_seqs={rows} " in str(caught.value) and f"max_model_len={length} " in str(caught.value)
     plan.check(rows, 65536)
     plan.check(64, length)
+    with pytest.raises(CapacityError, match="what fits: nothing: a smaller model or more memory is needed"):
+        MemoryPlan(llm.config, torch.bfloat16, free=2**30, weights=2**31, num_batched_tokens=2048).check(2, 128)
+    with pytest.raises(CapacityError, match=r"what fits: max_num_seqs=\d+ at this length$"):
+        plan.check(2**16, 32)  # shorter than a block of the cache
     for too_much in ((rows + 1, 65536), (64, length + 64)):
         with pytest.raises(CapacityError):
             plan.check(*too_much)
@@ -399,6 +419,16 @@ def test_activations_are_counted_at_their_peak() -> None:
     per_token = activation_bytes(config, 1, 0, torch.bfloat16)
     assert per_token == 2 * (3 * 2048 + 3072 + 4 * 8192) + 24 + 4 * 32
     assert activation_bytes(config, 32768, 256, torch.bfloat16) == 32768 * per_token + 256 * 128256 * 18
+
+
+def test_without_a_tokenizer_generation_config_says_too_what_ends_an_answer(tmp_path: Path) -> None:
+    model = make_model_folder(tmp_path)
+    (free,) = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False, eos_token_id=-1).tolist()
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [1, free[6]]}))
+    with LLM(tmp_path, device="cpu", use_tqdm=False) as llm:
+        (completion,) = llm.generate([5, 6, 7], GREEDY, use_tqdm=False)[0].outputs
+    assert completion.token_ids == free[3 : free.index(free[6], 3) + 1] and completion.finish_reason == "stop"
 
 
 def test_a_folder_without_tokenizer_takes_token_ids_only(tmp_path: Path) -> None:

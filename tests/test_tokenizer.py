@@ -119,6 +119,27 @@ def test_chats_equal_transformers(
     assert ids[0] == ours.bos_token_id != ids[1]
 
 
+@EXAMPLES
+@given(content=texts.filter(str.strip), trims=st.booleans())
+def test_a_message_to_be_continued_equals_transformers(ours: Tokenizer, theirs: Any, content: str, trims: bool) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
+    trimming = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"
+    how = {"continue_final_message": True, "add_generation_prompt": False}
+    how |= {"chat_template": trimming} if trims else {}
+    assert ours.apply_chat_template(messages, **how) == theirs.apply_chat_template(messages, tokenize=False, **how)
+
+
+def test_what_cannot_be_continued_is_named(ours: Tokenizer) -> None:
+    question: list[dict] = [{"role": "user", "content": "a"}]
+    with pytest.raises(RequestError, match="goes with add_generation_prompt=False"):
+        ours.apply_chat_template(question, continue_final_message=True)
+    call = [*question, {"role": "assistant", "tool_calls": [{"name": "f"}]}]
+    with pytest.raises(RequestError, match="the last message has no text"):
+        ours.apply_chat_template(call, add_generation_prompt=False, continue_final_message=True)
+    with pytest.raises(TokenizerError, match="leaves out the last message"):
+        ours.apply_chat_template(question, False, chat_template="x", continue_final_message=True)
+
+
 TEMPLATES = {
     "blanks": "{% for m in messages %}\n    {% if m.role == 'user' %}\n {{ m.content }}\n  {% endif %}\n{% endfor %}\n",
     "tools as JSON": "{{ tools | tojson }}|{{ tools | tojson(indent=4) }}|{{ documents|tojson }}{{ messages|tojson }}",
@@ -161,8 +182,24 @@ def test_the_jinja_file_comes_before_the_config_and_tools_have_their_own(folder:
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.apply_chat_template(messages) == "plain"
     assert tokenizer.apply_chat_template(messages, tools=[]) == "tools"
+    assert tokenizer.apply_chat_template(messages, chat_template="tool_use") == "tools"
     (folder / "chat_template.jinja").write_text("file")
     assert Tokenizer.from_folder(folder).apply_chat_template(messages) == "file"
+    edit(folder / "tokenizer_config.json", chat_template=templates[1:])
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(TokenizerError, match="has no default chat template: name one of tool_use"):
+        Tokenizer.from_folder(folder).apply_chat_template(messages)
+
+
+def test_named_templates_as_transformers_saves_them(folder: Path, tmp_path: Path) -> None:
+    templates = [{"name": name, "template": f"{name} {{{{ tools }}}}"} for name in ("default", "tool_use", "rag")]
+    edit(folder / "tokenizer_config.json", chat_template=templates)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "additional_chat_templates").is_dir()
+    ours, messages = Tokenizer.from_folder(tmp_path / "saved"), [{"role": "user", "content": "a"}]
+    for how in ({}, {"tools": [{"type": "function"}]}, {"chat_template": "rag"}):
+        assert ours.apply_chat_template(messages, **how) == theirs.apply_chat_template(messages, tokenize=False, **how)
 
 
 END_OF_TEXT, EOM, EOT = 2033, 2040, 2041
@@ -287,6 +324,9 @@ def test_without_a_template_the_error_says_what_to_do(folder: Path) -> None:
         ("{% for %}", "the chat template is broken at line 1"),
         ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
         ("{{ messages[0].content + 1 }}", "fails on these messages"),
+        ("{{ 1 / 0 }}", "fails on these messages: ZeroDivisionError"),
+        ("{{ '{x}'.format() }}", "fails on these messages: KeyError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on these messages: RecursionError"),
         ("{{ messages[0].content.a.b }}", "refuses these messages"),
         ("{{ messages.append(1) }}", "refuses these messages"),
         ("{{ ''.__class__.__mro__ }}", "refuses these messages"),
