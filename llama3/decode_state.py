@@ -14,6 +14,7 @@ from llama3.sampling import FLOAT_FIELDS, INTEGER_FIELDS, SamplingTensors
 from llama3.sequence import Sequence
 
 IDLE = -1
+MAX_TOP_K = 2**31 - 1  # beyond any vocabulary
 
 
 class DecodeState:
@@ -39,7 +40,7 @@ class DecodeState:
         """Give their rows to new sequences. They stay idle until `place` gives them a first token."""
         params = [sequence.params for sequence in sequences]
         integers: list[tuple[torch.Tensor, list[int]]] = [
-            (self.sampling.top_k, [max(p.top_k, 0) for p in params]),
+            (self.sampling.top_k, [min(max(p.top_k, 0), MAX_TOP_K) for p in params]),
             (self.sampling.seed, [s.seed for s in sequences]),
             (self.sampling.request, [s.rng_request for s in sequences]),
             (self.sampling.sample, [s.sample for s in sequences]),

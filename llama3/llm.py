@@ -310,7 +310,8 @@ class LLM:
         max_len = self.max_model_len if self._fixed_len else needed
         free = self.engine.reclaimable_memory()
         plans = [MemoryPlan(self.config, self.dtype, free, 0, size) for size in self._call_sizes]
-        wanted = min(self._max_num_seqs or DEFAULT_MAX_NUM_SEQS[self.device.type], len(sequences))
+        limit = self.engine.model.ops.max_rows(self.config, self.device) or len(sequences)
+        wanted = min(self._max_num_seqs or DEFAULT_MAX_NUM_SEQS[self.device.type], limit, len(sequences))
         # Rows go before large calls: a call of the smallest size is little slower, a row less costs its share of all.
         num_rows = wanted if self._max_num_seqs else max(1, plans[-1].largest_num_rows(max_len, wanted))
         plans[-1].check(num_rows, max_len)

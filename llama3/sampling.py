@@ -74,6 +74,7 @@ def filter_scores(scores: torch.Tensor, params: SamplingTensors) -> torch.Tensor
     top_p = torch.where(params.top_p < 1, params.top_p, torch.inf)[:, None]
     kept = (probabilities.cumsum(-1) - probabilities < top_p) & (rank < limit)
     kept &= probabilities >= params.min_p[:, None] * probabilities[:, :1]
+    kept |= rank == 0  # a top_p may be so small that fp32 makes it 0
     threshold = torch.where(kept, ordered, torch.inf).amin(-1, keepdim=True)
     return torch.where(scores >= threshold, scores, -torch.inf)
 

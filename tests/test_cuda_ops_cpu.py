@@ -301,6 +301,13 @@ def test_copies_of_a_weight_are_aligned() -> None:
     assert (copies[1].data_ptr() - copies[0].data_ptr()) % cublaslt.ALIGNMENT == 0
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(searches: list[FakeProduct]) -> None:
+    gemm_search.cache_path().parent.touch()  # a file where the folder would be
+    gemm_search.expect_decode(64)
+    product = FakeProduct(num_tokens=64, name="a")
+    assert ask(product) == ask(product) == product.algorithms(3)[2] and len(searches) == 1
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]"])
 def test_a_spoilt_cache_is_measured_anew(searches: list[FakeProduct], text: str) -> None:
     gemm_search.cache_path().parent.mkdir()

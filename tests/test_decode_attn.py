@@ -158,6 +158,11 @@ class TestLibrary:
         first = ops.library().first_tiles(8192, 132, 1)
         assert {b - a for a, b in pairwise(first)} == {62, 63}
 
+    @pytest.mark.parametrize(("head_dim", "shared_bytes", "rows"), [(128, 101376, 874), (64, 101376, 3540)])
+    def test_rows_are_limited_by_shared_memory(self, head_dim, shared_bytes, rows):
+        found = ops.library().max_batch(head_dim, shared_bytes)
+        assert found == pytest.approx(rows, abs=1) and ops.library().max_batch(head_dim, shared_bytes - 12) == found - 1
+
     def test_workspace_holds_every_partial(self):
         words = ops.library().workspace_floats
         assert words(4, 512, 64, 8, 128, 132) >= 132 * 8 * (128 + 2)

@@ -235,8 +235,8 @@ def test_stop_ids_that_the_model_cannot_draw_and_any_min_tokens(tmp_path: Path) 
     stop_ids = settings["eos_token_id"]
     (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [*stop_ids, 128009]}))
     with LLM(folder, device="cpu", dtype="float32", max_model_len=400, use_tqdm=False) as llm:
-        for min_tokens in (396, 2**31, 2**64):
-            params = SamplingParams(temperature=0.9, seed=1, min_tokens=min_tokens, max_tokens=None)
+        for min_tokens, top_k in ((396, 0), (2**31, 2**31), (2**64, 2**64)):
+            params = SamplingParams(temperature=0.9, seed=1, min_tokens=min_tokens, max_tokens=None, top_k=top_k)
             (completion,) = llm.generate([5, 6, 7, 8], params, use_tqdm=False)[0].outputs
             assert len(completion.token_ids) == 396 and not set(completion.token_ids) & set(stop_ids)
 
@@ -412,6 +412,13 @@ def test_prefill_calls_are_as_large_as_memory_allows_beside_the_cache(monkeypatc
         assert budget(1, free[4096]) == 4096
         with pytest.raises(CapacityError, match="not enough memory for 128 sequences of 512 tokens"):
             budget(128, free[2048] - 4)
+
+
+def test_no_more_rows_than_the_ops_take(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = texts(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+    monkeypatch.setattr(llm.engine.model.ops, "max_rows", lambda config, device: 3)
+    assert texts(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+    assert llm.engine.scheduler.num_places == 3
 
 
 def test_activations_are_counted_at_their_peak() -> None:

@@ -106,6 +106,12 @@ def test_greedy_takes_the_lowest_id_among_equals() -> None:
     assert sample_tokens(logits, rows_of(2, temperature=0), torch.zeros(2)).tolist() == [1, 0]
 
 
+def test_a_top_p_that_fp32_rounds_to_zero_keeps_the_likeliest() -> None:
+    scores = torch.tensor([[0.0, 1.0, 9.0, 2.0]])
+    kept = filter_scores(scores, rows_of(1, temperature=1, top_p=1e-60)).isfinite()
+    assert kept.tolist() == [[False, False, True, False]]
+
+
 def test_ties_with_the_last_token_kept_stay() -> None:
     scores = torch.tensor([[2.0, 1.0, 1.0, 0.0]])
     assert filter_scores(scores, rows_of(1, temperature=1, top_k=2)).isfinite().tolist() == [[True, True, True, False]]

@@ -16,7 +16,8 @@ inline int multiprocessors() {
 
 // `overlap`: the kernel may start while the previous one on the stream still runs. It then must call
 // wait_for_previous_kernel() in every thread before it touches anything but constants, and allow_next_kernel() only
-// after that, so that a kernel's start implies that everything before its predecessor is complete.
+// after that, so that a kernel's start implies that everything before its predecessor is complete. (Decode attention
+// does so at once: its successor may read nothing but constants before its own wait.)
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream, bool overlap,
             const Arguments&... arguments) {

@@ -99,6 +99,7 @@ PYBIND11_MODULE(decode_attn, module) {
                                                  num_kv_heads, head_dim, grid);
         },
         "version"_a, "batch"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "grid"_a);
+    module.def("max_batch", &decode_attn::max_batch, "head_dim"_a, "shared_bytes"_a);
     module.def("decode", &decode, py::kw_only(), "q"_a, "q_strides"_a, "k_cache"_a, "k_strides"_a, "v_cache"_a,
                "v_strides"_a, "out"_a, "out_strides"_a, "lse"_a, "lengths"_a, "slots"_a, "blocks_per_slot"_a,
                "block_table"_a, "table_stride"_a, "cos"_a, "sin"_a, "partials"_a, "partials_size"_a, "batch"_a,

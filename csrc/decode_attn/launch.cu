@@ -76,6 +76,11 @@ int64_t workspace_floats(Version version, int batch, int num_heads, int num_kv_h
     return parts == 1 ? 0 : parts * batch * num_heads * (head_dim + 2);
 }
 
+int max_batch(int head_dim, int shared_bytes) {
+    const int empty = SharedLayout::of(head_dim, 0, kTileGroups).bytes;
+    return (shared_bytes - empty) / (SharedLayout::of(head_dim, 1, kTileGroups).bytes - empty);
+}
+
 void launch(Params p, const Launch& how) {
     check(p, how);
     if (how.version < Version::kRing) return launch_ladder(p, how);

@@ -24,6 +24,9 @@ struct Launch {
 // but the last four, which are 0 (merge.cuh); all ranges see every launch, whatever its grid.
 int64_t workspace_floats(Version version, int batch, int num_heads, int num_kv_heads, int head_dim, int grid);
 
+// The most rows of a kRing or kTma launch on a GPU whose blocks may have `shared_bytes` of shared memory.
+int max_batch(int head_dim, int shared_bytes);
+
 // Throws std::invalid_argument for what the kernels do not support (before any CUDA call), std::runtime_error if CUDA
 // fails. `params.stages` is chosen here.
 void launch(Params params, const Launch& how);

@@ -8,7 +8,7 @@ from llama3.decode_state import DecodeState
 from llama3.forward_batch import DecodeBatch, PrefillBatch
 from llama3.kv_cache import KVCache, LayerCache
 from llama3.ops import elementwise, gemm_search, linear, prefill_attention, sampling, short_prefill
-from llama3.ops.decode_attn import MAX_GROUP, rope_append_decode
+from llama3.ops.decode_attn import MAX_GROUP, max_batch, rope_append_decode
 from llama3.ops.decode_step import DecodeStep
 from llama3.ops.prefill_attention import PrefillPlan
 from llama3.rope import RopeTable
@@ -64,6 +64,9 @@ class CudaOps:
         except load_custom_kernels.KernelBuildError as error:
             return str(error)
         return None
+
+    def max_rows(self, config: ModelConfig, device: torch.device) -> int | None:
+        return max_batch(config.head_dim, device)
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         return table[token_ids]  # F.embedding takes another kernel for up to 16 tokens: 12 us instead of 3

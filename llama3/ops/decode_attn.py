@@ -105,7 +105,8 @@ def rope_append_decode(
     decode_attn; only the versions "ring" and "tma" exist.
 
     With `pdl`, positions, slots, block_table and the cached tokens are read before the previous kernel has ended: they
-    must have been written by an earlier one.
+    must have been written by an earlier one, and the previous kernel must not be decode attention itself, which lets
+    its successor start at once.
     """
     shape = _cache_shape(k_cache, v_cache)
     head_dim, num_kv_heads = shape["head_dim"], shape["num_kv_heads"]
@@ -171,6 +172,13 @@ def _signed(word: int) -> int:
 @functools.cache
 def _grid(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def max_batch(head_dim: int, device: torch.device) -> int:
+    """The most rows of one call: each takes some shared memory of every block."""
+    properties = torch.cuda.get_device_properties(device)
+    return library().max_batch(head_dim, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -5,6 +5,7 @@ The library's own first choice is up to 15 % slower than its best there (docs/cu
 and a search takes longer than a prefill, so for them the first choice stands.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -166,9 +167,11 @@ def _capture(way: Way, weights: Sequence[torch.Tensor]) -> torch.cuda.CUDAGraph:
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):  # torch.cuda.graph would collect garbage every time
         graph.capture_begin(capture_error_mode="thread_local")
-        for i in range(max(len(weights), MIN_RUNS)):
-            way(weights[i % len(weights)])
-        graph.capture_end()
+        try:
+            for i in range(max(len(weights), MIN_RUNS)):
+                way(weights[i % len(weights)])
+        finally:  # after an interruption, too: nothing else could be captured, or waited for
+            graph.capture_end()
     return graph
 
 
@@ -228,8 +231,10 @@ def _read_cache() -> dict[str, str]:
 
 
 def _write_cache(known: dict[str, str]) -> None:
+    """Where nothing can be written, the next process searches again."""
     path = cache_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(known, indent=1))
-    scratch.replace(path)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(known, indent=1))
+        scratch.replace(path)

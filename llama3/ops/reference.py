@@ -21,6 +21,10 @@ class ReferenceOps:
     name = "reference"
     can_capture_prefill = False  # attention goes by the lengths on the host
 
+    def max_rows(self, config: ModelConfig, device: torch.device) -> int | None:
+        """The most sequences of one decode step; None if only memory limits them."""
+        return None
+
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """token_ids [T], table [V, H] -> [T, H]."""
         return F.embedding(token_ids, table)
