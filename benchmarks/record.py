@@ -171,7 +171,8 @@ class Record:
             values["peaks"] = Peaks(**values["peaks"])
             values["measurements"] = [_measurement(m) for m in values["measurements"]]
             record = cls(**values)
-            unknown = {*record.engines, *record.startup, *(m.engine for m in record.measurements)} - set(MODES)
+            named = [*record.engines, *record.startup, *record.asked.get("engines", [])]
+            unknown = {*named, *(m.engine for m in record.measurements)} - set(MODES)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path}: benchmark results that are not whole ({error!r})") from error
         if unknown:

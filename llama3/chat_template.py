@@ -56,6 +56,7 @@ class ChatTemplate:
                 raise RequestError("continue_final_message goes with add_generation_prompt=False")
             if not isinstance(cleaned[-1].get("content"), str):
                 raise RequestError("continue_final_message: the last message has no text to continue")
+            continued = cleaned[-1]["content"].strip()
             cleaned[-1]["content"] += _CUT
         if tools is not None and not all(isinstance(tool, Mapping) for tool in tools):
             raise RequestError("tools must be JSON schemas (dictionaries); describe a Python function by its schema")
@@ -71,14 +72,16 @@ class ChatTemplate:
             raise TokenizerError(f"{self.source}: the chat template refuses these messages: {reason}") from None
         except Exception as reason:  # foreign code may do anything
             raise TokenizerError(f"{self.source}: the chat template fails on these messages: {reason!r}") from None
-        return _before_cut(text, self.source) if continue_final_message else text
+        return self._before_cut(text, continued) if continue_final_message else text
 
-
-def _before_cut(text: str, source: str) -> str:
-    before, cut, after = text.rpartition(_CUT.strip())
-    if not cut:
-        raise TokenizerError(f"{source}: the chat template leaves out the last message, so it cannot be continued")
-    return before if after.startswith(" ") else before.rstrip()
+    def _before_cut(self, text: str, continued: str) -> str:
+        before, *after = text.split(_CUT.strip())
+        if len(after) != 1 or not before.rstrip().endswith(continued):
+            raise TokenizerError(
+                f"{self.source}: the chat template leaves out, changes or repeats the last message, so that it cannot "
+                "be continued"
+            )
+        return before if after[0].startswith(" ") else before.rstrip()
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

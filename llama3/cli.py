@@ -1,6 +1,7 @@
 """Command-line flags that the scripts share. Every flag is accepted with underscores and with dashes."""
 
 import argparse
+import contextlib
 import io
 import os
 import re
@@ -22,9 +23,9 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not Unicode shows what it can
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails
+        if not flushed_output():
+            sys.exit(1)
+    except BrokenPipeError:
         sys.exit(1)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -32,6 +33,20 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    finally:
+        flushed_output()
+
+
+def flushed_output() -> bool:
+    """Flush standard output. False if whoever read it has enough of it: what is left then goes nowhere, in silence."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return True
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
 
 
 def dashed_aliases(argv: list[str]) -> list[str]:

@@ -11,10 +11,12 @@ import torch
 
 from llama3.device import to_device
 from llama3.sampling import FLOAT_FIELDS, INTEGER_FIELDS, SamplingTensors
+from llama3.sampling_params import SamplingParams
 from llama3.sequence import Sequence
 
 IDLE = -1
 MAX_TOP_K = 2**31 - 1  # beyond any vocabulary
+MIN_TEMPERATURE = 1e-30  # as good as greedy, and no logit becomes infinite by it
 
 
 class DecodeState:
@@ -61,7 +63,7 @@ class DecodeState:
         index = packed[0]
         for (target, _), column in zip(integers, packed[1:-1], strict=True):
             target[index] = column.to(target.dtype)
-        rules = self._tensor([[p.temperature, p.top_p, p.min_p] for p in params], torch.float32)
+        rules = self._tensor([[_temperature(p), p.top_p, p.min_p] for p in params], torch.float32)
         for target, column in zip(floats, rules.unbind(1), strict=True):
             target[index] = column
         self.stop_ids[index] = packed[-1].view(len(rows), self.max_stop_ids)
@@ -110,3 +112,7 @@ class DecodeState:
 
     def _tensor(self, values: list, dtype: torch.dtype) -> torch.Tensor:
         return to_device(values, dtype, self.device)
+
+
+def _temperature(params: SamplingParams) -> float:
+    return max(params.temperature, MIN_TEMPERATURE) if params.temperature else 0.0

@@ -29,12 +29,11 @@ class Detokenizer:
     def feed(self, token_id: int, may_stop: bool = True) -> str:
         """The text that is certain now and was not before, often empty; nothing after a stop string.
 
-        may_stop: look for stop strings in this token's text. Of an answer, all tokens up to one may not.
+        may_stop: whether a stop string that ends in this token's text counts.
         """
         if token_id in self._skipped:
             return ""
-        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
-        return self._advance(text) if may_stop else text
+        return self._advance(self._decoder.decode(self._tokenizer.token_bytes(token_id)), may_stop)
 
     def flush(self) -> str:
         """The rest of the text, when no token follows; a character that never became whole is U+FFFD."""
@@ -42,14 +41,19 @@ class Detokenizer:
         self._pending = ""
         return text
 
-    def _advance(self, text: str) -> str:
+    def _advance(self, text: str, may_stop: bool = True) -> str:
         if not self._stop:
             return text
         if not text or self.stopped_by is not None:
             return ""
-        text = self._pending + text
-        found = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
-        if found:
+        waited, text = len(self._pending), self._pending + text
+        # One that ended before this text was none when it did.
+        found = [
+            (start + len(stop), start, stop)
+            for stop in self._stop
+            if (start := text.find(stop, max(0, waited - len(stop) + 1))) >= 0
+        ]
+        if found and may_stop:
             _, end, self.stopped_by = min(found)
             self._pending = ""
             return text[:end]

@@ -67,30 +67,41 @@ def _fetch(name: str) -> Path:
     """The folder of the hub model `name` in the hub cache, downloaded, or as it lies there if the hub gives nothing."""
     try:
         folder = _download(name)
-    except _NoDownload as reason:
-        from huggingface_hub import snapshot_download
-
-        try:
-            # Only this file: what else the hub has and the cache lacks may not be needed.
-            folder = Path(snapshot_download(name, allow_patterns=["config.json"], local_files_only=True))
-        except Exception:
-            raise reason.error from None
-        try:
-            check_folder(folder, str(folder))
-        except HubError as problem:
-            raise HubError(f"{name}: {reason}, and what is cached does not do: {problem}") from None
-        print(f"{name}: {reason}; using the cached {folder}", file=sys.stderr)
+    except _NoDownload as refusal:
+        folder = _cached(name, refusal)
+        print(f"{name}: {refusal.reason}; using the cached {folder}", file=sys.stderr)
         return folder
     check_folder(folder, f"{name} on the hub")
     return folder
 
 
-class _NoDownload(Exception):
-    """The hub gives nothing, said in a few words. error: what to raise if the cache does not hold the model either."""
+def _cached(name: str, refusal: "_NoDownload") -> Path:
+    """The folder in the hub cache, if it is whole. Else HubError, with the reason why nothing can be fetched."""
+    from huggingface_hub import snapshot_download
 
-    def __init__(self, reason: str, error: HubError) -> None:
+    try:
+        # Only this file: what else the hub has and the cache lacks may not be needed.
+        folder = Path(snapshot_download(name, allow_patterns=["config.json"], local_files_only=True))
+    except Exception:
+        raise HubError(f"{name}: {refusal.nothing_here}{refusal.reason}{refusal.advice}") from None
+    try:
+        check_folder(folder, str(folder))
+        absent = [file for file in _weight_files(folder) if not (folder / file).is_file()]
+        if absent:
+            raise HubError(f"{folder}: not a complete model folder; missing: {', '.join(absent)}")
+    except HubError as problem:
+        reason = f"{refusal.reason}, and what is cached does not do ({problem})"
+        raise HubError(f"{name}: {reason}{refusal.advice}") from None
+    return folder
+
+
+class _NoDownload(Exception):
+    """The hub gives nothing. reason: why. advice: what to do, said after it. nothing_here: said before it if nothing is
+    cached either."""
+
+    def __init__(self, reason: str, advice: str = "", nothing_here: str = "") -> None:
         super().__init__(reason)
-        self.error = error
+        self.reason, self.advice, self.nothing_here = reason, advice, nothing_here
 
 
 def _download(name: str) -> Path:
@@ -117,14 +128,13 @@ def _download(name: str) -> Path:
     except HFValidationError:
         raise HubError(f"{name}: neither a folder here nor a valid hub name (OWNER/NAME)") from None
     except GatedRepoError:
-        how = f"accept its licence at https://huggingface.co/{name} and set HF_TOKEN, {local}"
-        raise _NoDownload("gated on the hub", HubError(f"{name}: gated on the hub; {how}")) from None
+        advice = f"; accept its licence at https://huggingface.co/{name} and set HF_TOKEN, {local}"
+        raise _NoDownload("gated on the hub", advice) from None
     except RepositoryNotFoundError:
-        how = "no such model on the hub (a private one needs HF_TOKEN)"
-        raise _NoDownload(how, HubError(f"{name}: no folder here, and {how}")) from None
+        reason = "no such model on the hub (a private one needs HF_TOKEN)"
+        raise _NoDownload(reason, nothing_here="no folder here, and ") from None
     except HfHubHTTPError as error:
-        reason = f"the hub answered {_first_line(error)}"
-        raise _NoDownload(reason, HubError(f"{name}: {reason}; try again later, {local}")) from None
+        raise _NoDownload(f"the hub answered {_first_line(error)}", f"; try again later, {local}") from None
     except HubError:
         raise
     except OfflineModeIsEnabled:
@@ -134,9 +144,7 @@ def _download(name: str) -> Path:
         if reached:
             raise HubError(f"{name}: the download failed ({reason}); run again to resume it, {local}") from None
     reason = f"the hub cannot be reached ({reason})"
-    raise _NoDownload(
-        reason, HubError(f"{name}: no folder here, not in the hub cache, and {reason}; go online, {local}")
-    )
+    raise _NoDownload(reason, f"; go online, {local}", "no folder here, not in the hub cache, and ")
 
 
 def _weight_files(folder: Path) -> list[str]:

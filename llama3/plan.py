@@ -89,6 +89,8 @@ class MemoryPlan:
         fewer, shorter = self.largest_num_rows(max_len, num_rows), self.largest_max_len(num_rows, max_len)
         fitting = [f"max_num_seqs={fewer} at this length"] if fewer else []
         fitting += [f"max_model_len={shorter} for this many"] if shorter else []
+        alone = 0 if fitting else self.largest_max_len(1, max_len)
+        fitting += [f"max_num_seqs=1 with max_model_len={alone}"] if alone else []
         raise CapacityError(
             f"not enough memory for {num_rows} sequences of {max_len} tokens: weights {self.weights / GIB:.2f} GiB, "
             f"KV cache {cache / GIB:.2f} GiB, activations and logits "

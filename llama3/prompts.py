@@ -73,7 +73,8 @@ def encode_chats(
     """Token ids of each conversation by the chat template, or why it has none. The template writes the begin-of-text
     itself, so none is added."""
     rendered = [_outcome(tokenizer.apply_chat_template, messages, **template_kwargs) for messages in conversations]
-    return encode_texts(rendered, tokenizer, add_special_tokens=False)
+    empty = RequestError("the chat template makes nothing of these messages")
+    return encode_texts([text or empty for text in rendered], tokenizer, add_special_tokens=False)
 
 
 def _outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

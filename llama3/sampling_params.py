@@ -15,7 +15,7 @@ class SamplingParams:
     top_k: keep the k most likely tokens; 0 or -1 keeps all. top_p: then the fewest of those whose mass reaches it.
     min_p: then those at least this fraction as likely as the likeliest. Tokens tied with the last one kept stay.
     max_tokens: most tokens to generate; None means as many as the context has room for.
-    min_tokens: no stop token is drawn before this many, and no stop string looked for in them.
+    min_tokens: no stop token is drawn before this many, and no stop string counts that ends within them.
     stop: a string that ends the answer (left out of the text), or several. stop_token_ids: more ids that end it. For
     both, None is none.
     ignore_eos: generate past the model's own stop ids. seed: makes the draws depend on it and the position alone.

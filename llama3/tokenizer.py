@@ -190,7 +190,8 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates by name; those in files come before the JSON file's, and chat_template.jinja is the default one."""
+    """Templates by name. Where some are in files, they replace the JSON file's, but for a default that none of them is;
+    chat_template.jinja is the default one."""
     value = config.get("chat_template") or {}
     # Either one text, or [{"name": …, "template": …}].
     entries = value if isinstance(value, list) else [{"name": "default", "template": value}] if value else []
@@ -202,6 +203,8 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     paths = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         paths["default"] = folder / "chat_template.jinja"
+    if paths:
+        templates = {name: text for name, text in templates.items() if name == "default"}
     for name, path in paths.items():
         try:
             templates[name] = path.read_text(encoding="utf-8")

@@ -85,6 +85,29 @@ def test_output_that_nobody_reads_any_more_is_no_error() -> None:
         assert process.stderr.read() == b"" and process.wait() == 1
 
 
+SCRIPT = """
+from llama3.cli import run_main
+from llama3.errors import RequestError
+def main(argv):
+    print(1)
+    if argv: raise RequestError("bad")
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("stdout", [">&-", "| head -c 0"])
+@pytest.mark.parametrize(("argument", "statuses"), [("", (0, 1)), ("x", (2,))])
+def test_whatever_becomes_of_the_output_there_is_no_traceback(
+    tmp_path: Path, stdout: str, argument: str, statuses: tuple[int, ...]
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    line = f"{sys.executable} {tmp_path}/script.py {argument} {stdout}; exit $PIPESTATUS"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode in statuses and done.stderr == ("error: bad\n" if argument else "")
+
+
 def test_generate_writes_only_the_text_to_standard_output() -> None:
     result = command("-m", "llama3", "generate", "import os\n", "--temperature=0", "--max_gen_len=8")
     assert result.returncode == 0, result.stderr

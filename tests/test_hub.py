@@ -176,6 +176,17 @@ def test_what_is_cached_does_without_the_hub(fake_hub: FakeHub, failure: str, sa
     assert printed.startswith(f"{NAME}: {said}") and printed.endswith(f"; using the cached {folder}\n")
 
 
+@pytest.mark.parametrize("failure", ["missing", "gated", "broken"])
+def test_a_part_of_the_shards_is_no_cached_model(fake_hub: FakeHub, failure: str, capsys):
+    fill(fake_hub, sharded=True)
+    folder = resolve_folder(NAME)
+    (folder / "model-00002-of-00004.safetensors").unlink()
+    fake_hub.failure = failure
+    with pytest.raises(HubError, match=r"what is cached does not do .* missing: model-00002-of-00004\.safetensors\)"):
+        resolve_folder(NAME)
+    assert "using the cached" not in capsys.readouterr().err
+
+
 def test_offline_only_what_the_model_needs_has_to_be_cached(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
     fill(fake_hub, sharded=False)
     some = ["config.json", "tokenizer.json", "*.safetensors"]
@@ -186,8 +197,9 @@ def test_offline_only_what_the_model_needs_has_to_be_cached(fake_hub: FakeHub, m
     with pytest.raises(HubError) as caught:
         resolve_folder(NAME)
     assert str(caught.value) == (
-        f"{NAME}: the hub cannot be reached (HF_HUB_OFFLINE is set), and what is cached does not do: {folder}: not a"
-        " complete model folder; missing: model.safetensors (or model.safetensors.index.json and its shards)"
+        f"{NAME}: the hub cannot be reached (HF_HUB_OFFLINE is set), and what is cached does not do ({folder}: not a"
+        " complete model folder; missing: model.safetensors (or model.safetensors.index.json and its shards)); go"
+        f" online, {HOW_TO_GO_LOCAL}"
     )
 
 

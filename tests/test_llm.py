@@ -101,6 +101,13 @@ def test_stop_strings_end_the_text_before_them(llm: LLM) -> None:
     assert "".join(llm.stream(PROMPTS[2], params)) == completion.text
 
 
+def test_any_temperature_above_zero_is_as_good_as_greedy_near_it(llm: LLM) -> None:
+    expected = texts(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+    for temperature in (1e-37, 1e-40, 1e-60, 1e-300):
+        params = SamplingParams(temperature=temperature, max_tokens=24, top_p=0.9)
+        assert texts(llm.generate(PROMPTS, params, use_tqdm=False)) == expected
+
+
 def test_stop_strings_wait_for_min_tokens(llm: LLM) -> None:
     ids = llm.generate(PROMPTS[2], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     pieces = [llm.get_tokenizer().decode([token]) for token in ids]
@@ -305,6 +312,8 @@ def test_a_bad_conversation_is_named_by_its_index_or_recorded(llm: LLM) -> None:
         llm.chat([good, bad], GREEDY, use_tqdm=False)
     with pytest.raises(RequestError, match=r"^message 0 \(user\) has content None"):
         llm.chat_prompt(bad)
+    with pytest.raises(RequestError, match="prompt 0: the chat template makes nothing of these messages"):
+        llm.chat(good, GREEDY, use_tqdm=False, chat_template="{# nothing #}")
     (alone,) = llm.chat(good, GREEDY, use_tqdm=False)
     outputs = llm.chat([bad, good, surrogate], GREEDY, use_tqdm=False, on_error="record")
     assert [bool(output.error) for output in outputs] == [True, False, True]
@@ -387,6 +396,10 @@ def test_a_job_that_does_not_fit_is_refused_with_what_would_fit(llm: LLM) -> Non
         MemoryPlan(llm.config, torch.bfloat16, free=2**30, weights=2**31, num_batched_tokens=2048).check(2, 128)
     with pytest.raises(CapacityError, match=r"what fits: max_num_seqs=\d+ at this length$"):
         plan.check(2**16, 32)  # shorter than a block of the cache
+    both = plan.largest_max_len(1, 2**22)
+    with pytest.raises(CapacityError, match=f"what fits: max_num_seqs=1 with max_model_len={both}$"):
+        plan.check(2**16, 2**22)
+    assert plan.fits(1, both)
     for too_much in ((rows + 1, 65536), (64, length + 64)):
         with pytest.raises(CapacityError):
             plan.check(*too_much)

@@ -136,8 +136,10 @@ def test_what_cannot_be_continued_is_named(ours: Tokenizer) -> None:
     call = [*question, {"role": "assistant", "tool_calls": [{"name": "f"}]}]
     with pytest.raises(RequestError, match="the last message has no text"):
         ours.apply_chat_template(call, add_generation_prompt=False, continue_final_message=True)
-    with pytest.raises(TokenizerError, match="leaves out the last message"):
-        ours.apply_chat_template(question, False, chat_template="x", continue_final_message=True)
+    content = "{{ messages[0].content }}"
+    for template in ("x", content * 2, "{{ messages[0].content | upper }}", "{{ messages[0].content[1:] }}"):
+        with pytest.raises(TokenizerError, match="leaves out, changes or repeats the last message"):
+            ours.apply_chat_template(question, False, chat_template=template, continue_final_message=True)
 
 
 TEMPLATES = {
@@ -185,6 +187,7 @@ def test_the_jinja_file_comes_before_the_config_and_tools_have_their_own(folder:
     assert tokenizer.apply_chat_template(messages, chat_template="tool_use") == "tools"
     (folder / "chat_template.jinja").write_text("file")
     assert Tokenizer.from_folder(folder).apply_chat_template(messages) == "file"
+    assert Tokenizer.from_folder(folder).apply_chat_template(messages, tools=[]) == "file"  # it replaces all others
     edit(folder / "tokenizer_config.json", chat_template=templates[1:])
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(TokenizerError, match="has no default chat template: name one of tool_use"):
