@@ -144,11 +144,16 @@ class _Object:
     seconds: float
 
 
+def cache_folder() -> Path:
+    """Where built kernels lie, and what was found out about them; not made yet, perhaps."""
+    named = os.environ.get("LLAMA3_KERNEL_CACHE")
+    return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama3-kernels")
+
+
 def _cache() -> Path:
-    """The folder of built kernels, made if need be."""
+    """`cache_folder`, made if need be."""
     try:
-        named = os.environ.get("LLAMA3_KERNEL_CACHE")
-        root = Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama3-kernels")
+        root = cache_folder()
         root.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         raise KernelBuildError(

@@ -47,11 +47,16 @@ def gpu_state() -> dict[str, str]:
 
 def query_command(*fields: str) -> list[str] | None:
     """What makes nvidia-smi print a line of values for the first visible GPU; None where there is none."""
-    tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if tool is None or visible == "":  # hidden from CUDA
+    tool = shutil.which("nvidia-smi")
+    if tool is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # hidden from CUDA
         return None
-    first = visible.split(",")[0] if visible else "0"
-    return [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={first}"]
+    return [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={visible_gpu(0)}"]
+
+
+def visible_gpu(index: int) -> str:
+    """What nvidia-smi and CUDA_VISIBLE_DEVICES call the GPU that CUDA gives this index."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[index] if visible else str(index)
 
 
 def query_gpu(*fields: str) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from benchmarks import boxed_tables, hardware_csv, plots, throughput_tables
 from benchmarks.cases import SAMPLINGS, Case
 from benchmarks.csv_file import write_csv
-from benchmarks.environment import describe, gpu_state
+from benchmarks.environment import describe, gpu_state, visible_gpu
 from benchmarks.op_table import op_tables
 from benchmarks.peaks import Peaks, known_peaks, override
 from benchmarks.progress import block_events, progress_events
@@ -140,11 +140,9 @@ def _peaks(args: argparse.Namespace, device_name: str) -> Peaks:
 def _session(args: argparse.Namespace, target: Target) -> Session:
     device = resolve_device(args.device)
     if device.index:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        name = visible.split(",")[device.index] if visible else device.index
         raise RequestError(
             f"--device {device}: other engines, and what is said of the GPU, go by the first one that is visible: "
-            f"run with CUDA_VISIBLE_DEVICES={name} and --device cuda"
+            f"run with CUDA_VISIBLE_DEVICES={visible_gpu(device.index)} and --device cuda"
         )
     return Session(
         target=target,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llama3.errors import ConfigError
-from llama3.json_file import JsonObject, is_token_id, read_json_object
+from llama3.json_file import JsonObject, read_json_object
 
 SUPPORTED_HEAD_DIMS = (64, 128)
 SUPPORTED_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -80,7 +80,7 @@ class ModelConfig:
             tie_word_embeddings=keys.boolean("tie_word_embeddings"),
             dtype=_read_dtype(keys),
             bos_token_id=keys.token_id("bos_token_id"),
-            eos_token_ids=_read_eos(keys),
+            eos_token_ids=frozenset(keys.token_ids("eos_token_id")),
         )
         _check_shape(config, keys)
         return config
@@ -204,14 +204,6 @@ def _read_dtype(keys: JsonObject) -> torch.dtype:
     if dtype is None:
         keys.fail(key, f"is {name!r}; supported are {', '.join(SUPPORTED_DTYPES)}")
     return dtype
-
-
-def _read_eos(keys: JsonObject) -> frozenset[int]:
-    value = keys.values.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(map(is_token_id, ids)):
-        keys.fail("eos_token_id", f"is {value!r}; a token id or a list of them is needed")
-    return frozenset(ids)
 
 
 def _read_rope(keys: JsonObject) -> tuple[float, RopeScaling | None]:

@@ -36,6 +36,11 @@ class JsonObject:
     error: type[UserError]
     prefix: str = ""
 
+    @classmethod
+    def read_optional(cls, path: Path, error: type[UserError]) -> "JsonObject":
+        """The object in `path`; an empty one where there is no such file."""
+        return cls(read_json_object(path, error) if path.exists() else {}, str(path), error)
+
     def fail(self, key: str, problem: str) -> NoReturn:
         raise self.error(f"{self.source}: {self.prefix}{key} {problem}")
 
@@ -72,6 +77,14 @@ class JsonObject:
             self.fail(key, f"is {value!r}; a token id is needed")
         return value
 
+    def token_ids(self, key: str) -> list[int]:
+        """The id or the list of ids under `key`; none where the key is absent."""
+        value = self.values.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(map(is_token_id, ids)):
+            self.fail(key, f"is {value!r}; a token id or a list of them is needed")
+        return ids
+
     def object(self, key: str) -> "JsonObject":
         value = self.get(key)
         if not isinstance(value, dict):
@@ -81,12 +94,3 @@ class JsonObject:
 
 def is_token_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def token_ids(values: Mapping[str, Any], key: str, path: Path, error: type[UserError]) -> list[int]:
-    """The id or the list of ids under `key` of the file `path`; none where the key is absent."""
-    found = values.get(key)
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(is_token_id(token_id) for token_id in ids):
-        raise error(f"{path}: {key} is {found!r}; a token id or a list of them is needed")
-    return ids

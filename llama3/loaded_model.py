@@ -1,6 +1,7 @@
 """A model in memory: everything that comes out of a folder."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,12 @@ from llama3.config import ModelConfig
 from llama3.device import resolve_device, resolve_dtype
 from llama3.errors import ConfigError
 from llama3.hub import resolve_folder
-from llama3.json_file import read_json_object, token_ids
+from llama3.json_file import JsonObject
 from llama3.plan import MemoryPlan, free_memory
 from llama3.tokenizer import Tokenizer
 from llama3.weights import ModelWeights, random_weights
 
-GENERATION_FILE = "generation_config.json"
-# Its keys that SamplingParams knows; its other keys do not concern sampling here.
+# generation_config.json's keys that SamplingParams knows; its other keys do not concern sampling here.
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -47,14 +47,14 @@ class LoadedModel:
         tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
         weight_bytes = config.weight_bytes(resolved_dtype)
         MemoryPlan(config, resolved_dtype, free_memory(target), weight_bytes, num_batched_tokens=1).check(1, 1)
-        generation_config = read_generation_config(folder)
-        stop_ids = token_ids(generation_config, "eos_token_id", folder / GENERATION_FILE, ConfigError)
+        generation_config = JsonObject.read_optional(folder / "generation_config.json", ConfigError)
+        defaults = sampling_defaults(generation_config.values)
+        stop_ids = frozenset(generation_config.token_ids("eos_token_id"))
         start = time.perf_counter()
         weights = load_weights(folder, config, target, resolved_dtype, progress=show_progress)
         weights.fold_norms()
         seconds = time.perf_counter() - start
-        defaults = sampling_defaults(generation_config)
-        return cls(str(name), config, weights, tokenizer, defaults, seconds, frozenset(stop_ids))
+        return cls(str(name), config, weights, tokenizer, defaults, seconds, stop_ids)
 
     @classmethod
     def random(cls, name: str, config: ModelConfig, device: str | torch.device, seed: int = 0) -> "LoadedModel":
@@ -64,12 +64,7 @@ class LoadedModel:
         return cls(name, config, weights)
 
 
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / GENERATION_FILE
-    return read_json_object(path, ConfigError) if path.exists() else {}
-
-
-def sampling_defaults(values: dict[str, Any]) -> dict[str, Any]:
+def sampling_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """What generation_config.json says explicitly about sampling; do_sample false means greedy."""
     if values.get("do_sample") is False:
         return {"temperature": 0.0}

@@ -10,7 +10,7 @@ from tokenizers import decoders
 
 from llama3.chat_template import ChatTemplate, Message
 from llama3.errors import RequestError, TokenizerError
-from llama3.json_file import is_token_id, read_json_object, token_ids
+from llama3.json_file import JsonObject, is_token_id
 
 # Llama 3's ends of a text, of a tool call and of a turn. They end an answer wherever the vocabulary has them, because
 # many folders list only one of them.
@@ -65,20 +65,22 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
 
-        model_config = _read_optional(folder / "config.json")
-        vocab_size: Any = model_config.get("vocab_size")
+        model_config = JsonObject.read_optional(folder / "config.json", TokenizerError)
+        vocab_size: Any = model_config.values.get("vocab_size")
         largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         if is_token_id(vocab_size) and largest >= vocab_size:
             raise TokenizerError(f"{path}: has token id {largest}, but the model's vocabulary ends at {vocab_size - 1}")
-        config = _read_optional(folder / "special_tokens_map.json") | _read_optional(folder / "tokenizer_config.json")
-        generation_config = _read_optional(folder / "generation_config.json")
-        bos_ids = token_ids(model_config, "bos_token_id", folder / "config.json", TokenizerError)
+        files = (folder / "special_tokens_map.json", folder / "tokenizer_config.json")
+        config = {
+            key: value for file in files for key, value in JsonObject.read_optional(file, TokenizerError).values.items()
+        }
+        generation_config = JsonObject.read_optional(folder / "generation_config.json", TokenizerError)
+        bos_ids = model_config.token_ids("bos_token_id")
         return cls(
             backend,
             source=str(path),
             special_tokens=_special_tokens(config),
-            stop_ids=token_ids(model_config, "eos_token_id", folder / "config.json", TokenizerError)
-            + token_ids(generation_config, "eos_token_id", folder / "generation_config.json", TokenizerError),
+            stop_ids=model_config.token_ids("eos_token_id") + generation_config.token_ids("eos_token_id"),
             bos_token_id=bos_ids[0] if bos_ids else None,
             chat_templates=_chat_templates(folder, config),
         )
@@ -173,10 +175,6 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTE_OF_CHARACTER = _byte_of_character()
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json_object(path, TokenizerError) if path.exists() else {}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import load_custom_kernels
 from llama3.device import is_hopper
 from llama3.ops import cublaslt, gemm
 from llama3.ops.cublaslt import Product
@@ -191,8 +192,7 @@ def _replay_times(graphs: Sequence[torch.cuda.CUDAGraph], repeats: int) -> list[
 
 
 def cache_path() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LLAMA3_KERNEL_CACHE") or Path(root) / "llama3-kernels") / "gemm-algorithms.json"
+    return load_custom_kernels.cache_folder() / "gemm-algorithms.json"
 
 
 def _key(product: Product) -> str:
