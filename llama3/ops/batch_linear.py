@@ -52,7 +52,6 @@ class Plan(NamedTuple):
     trigger: int = TRIGGER
     tile_rows: int = TILE_ROWS
     ahead: int = MAX_STAGES
-    reach: int = 0
 
 
 def norm_linear(
