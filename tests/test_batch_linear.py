@@ -15,7 +15,7 @@ BF16 = torch.bfloat16
 GOOD = {"x": 4096, "weight": 4096, "residual": 0, "out": 4096, "num_tokens": 64, "num_rows": 64}
 GOOD |= {"squares": 4096, "count": 8}
 GOOD |= {"size": 128, "eps": 1e-5, "form": NORM_LINEAR, "splits": 1, "trigger": 4, "shared_bytes": 106 << 10}
-GOOD |= {"tile_rows": 128, "ahead": 14, "reach": 0, "overlap": False, "stream": 0}
+GOOD |= {"tile_rows": 128, "ahead": 14, "overlap": False, "stream": 0}
 ADDING = {"form": LINEAR_ADD, "residual": 4096}
 
 

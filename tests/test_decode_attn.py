@@ -108,7 +108,7 @@ class TestLibrary:
             "table_stride": 0,
         }
         values |= {"batch": 1, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "num_blocks": 4, "scale": 1.0}
-        values |= {"dtype": 0, "grid": 132, "min_tiles": 1, "reach": 0, "version": 4, "pdl": False}
+        values |= {"dtype": 0, "grid": 132, "min_tiles": 1, "version": 4, "pdl": False}
         ops.library().decode(**(values | changes))
 
     @pytest.mark.parametrize(

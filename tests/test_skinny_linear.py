@@ -12,7 +12,6 @@ from llama3.shapes import shape_config
 BF16 = torch.bfloat16
 GOOD = {"x": 4096, "weight": 4096, "residual": 0, "out": 4096, "num_tokens": 16, "num_rows": 64}
 GOOD |= {"size": 128, "eps": 1e-5, "form": NORM_LINEAR, "tile_rows": 64, "splits": 1, "overlap": False, "stream": 0}
-GOOD |= {"reach": 0, "trigger": 4}
 
 
 @pytest.mark.nvcc

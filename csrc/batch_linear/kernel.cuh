@@ -35,7 +35,7 @@ template <int kTokens>
 struct Producer {
     const Params& p;
     const Block& b;
-    const CUtensorMap *weight, *x, *far;
+    const CUtensorMap *weight, *x;
     const int ahead = min(p.ahead, b.steps), first = min(p.stages, b.steps);
 
     __device__ __forceinline__ void copy_weight(int stage, int step) {
@@ -49,19 +49,9 @@ struct Producer {
         copy_box(b.base + p.x_offset + stage * row_bytes(kTokens), x, b.full(stage),
                  (b.first_step + step) * kStageColumns, 0, common::kEvictLast);
     }
-    // kReachSteps of weight into L2: while a ring is full and waits for x, memory need not rest.
-    __device__ __forceinline__ void reach_for(int step) {
-        if (step >= b.steps || !common::elect_one()) return;
-        asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(far),
-                     "r"((b.first_step + step) * kStageColumns), "r"(b.tile * p.tile_rows)
-                     : "memory");
-    }
     __device__ __forceinline__ void begin() {
 #pragma unroll 1
         for (int step = 0; step < ahead; ++step) copy_weight(step, step);
-        if (p.reach == 0) return;
-#pragma unroll 1
-        for (int step = ahead; step < first + p.reach; step += kReachSteps) reach_for(step);
     }
     // The next kernel's weights should be on their way when this one's have been asked for: not before, because they
     // would only delay each other, and not after, because memory would rest.
@@ -79,7 +69,6 @@ struct Producer {
             common::mbarrier_wait(b.empty(at.stage), at.phase);
             copy_weight(at.stage, step);
             copy_x(at.stage, step);
-            if (p.reach > 0 && (step - first) % kReachSteps == 0) reach_for(step + p.reach);
             if (b.steps - step - 1 == p.trigger) common::allow_next_kernel();
             at.advance(p.stages);
         }
@@ -138,7 +127,7 @@ constexpr bool leaves_room(int tokens, int rows) {
 template <int kTokens, int kRows, Form kForm>
 __global__ void __launch_bounds__(threads(kForm), leaves_room<kForm>(kTokens, kRows) ? 2 : 1)
     batch_linear_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant__ CUtensorMap x,
-                        const __grid_constant__ CUtensorMap far, const __grid_constant__ Params p) {
+                        const __grid_constant__ Params p) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) uint8_t shared[];
     const int warp = common::uniform_warp(), rank = p.splits > 1 ? common::cluster_rank() : 0;
@@ -146,7 +135,6 @@ __global__ void __launch_bounds__(threads(kForm), leaves_room<kForm>(kTokens, kR
     if (warp == kConsumerWarps && common::elect_one()) {
         common::tma_prefetch_map(&weight);
         common::tma_prefetch_map(&x);
-        if (p.reach > 0) common::tma_prefetch_map(&far);
     }
     const int first_step = first_of(p.steps, rank, p.splits);
     const int steps = first_of(p.steps, rank + 1, p.splits) - first_step;
@@ -164,7 +152,7 @@ __global__ void __launch_bounds__(threads(kForm), leaves_room<kForm>(kTokens, kR
         common::fence_barrier_init();
     }
     __syncthreads();
-    Producer<kTokens> producer{p, b, &weight, &x, &far};
+    Producer<kTokens> producer{p, b, &weight, &x};
     if (warp == kConsumerWarps) {
         producer.begin();
         if (p.splits > 1 && common::elect_one()) common::mbarrier_expect(b.received(), sent_bytes<kTokens>(p, b));

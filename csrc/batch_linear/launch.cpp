@@ -45,7 +45,6 @@ void check(const Problem& q, const Squares& squares, const Plan& plan) {
     require(plan.tile_rows >= kMinTileRows && plan.tile_rows <= tallest && plan.tile_rows % kUnitRows == 0,
             "tile_rows is " + std::to_string(plan.tile_rows) + "; supported here: multiples of " +
                 std::to_string(kUnitRows) + " from " + std::to_string(kMinTileRows) + " to " + std::to_string(tallest));
-    require(plan.reach >= 0 && plan.reach % kReachSteps == 0, "reach is " + std::to_string(plan.reach));
     require(plan.ahead >= 0, "ahead is " + std::to_string(plan.ahead) + "; expected 0 or more stages");
     require((q.form == Form::kLinearAdd) == (q.residual != nullptr),
             "a residual belongs to linear_add, and to no other");
@@ -59,14 +58,14 @@ void check(const Problem& q, const Squares& squares, const Plan& plan) {
 }
 
 // A row-major bf16 matrix, copied in boxes of `box_rows` by 64 columns; zeros beyond its edges.
-CUtensorMap matrix_map(const void* matrix, int rows, int columns, int box_rows, int box_columns = kStageColumns) {
+CUtensorMap matrix_map(const void* matrix, int rows, int columns, int box_rows) {
     const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {cuuint64_t(columns) * 2};
-    const cuuint32_t box[] = {cuuint32_t(box_columns), cuuint32_t(box_rows)}, steps[] = {1, 1};
-    const auto swizzle = box_columns == kStageColumns ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_NONE;
+    const cuuint32_t box[] = {kStageColumns, cuuint32_t(box_rows)}, steps[] = {1, 1};
     CUtensorMap map;
     common::check_map(common::encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(matrix),
-                                             sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+                                             sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
     return map;
 }
 
@@ -91,7 +90,7 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     Params p{};
     p.residual = q.residual, p.out = q.out, p.squares = squares;
     p.num_tokens = q.num_tokens, p.num_rows = q.num_rows, p.size = q.size, p.eps = q.eps;
-    p.splits = plan.splits, p.trigger = plan.trigger, p.reach = plan.reach;
+    p.splits = plan.splits, p.trigger = plan.trigger;
     p.tile_rows = plan.tile_rows, p.units = plan.tile_rows / kUnitRows;
     const int bytes_of_stage = stage_bytes(p.tile_rows, tokens);
     p.steps = q.size / kStageColumns;
@@ -112,7 +111,6 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     common::allow_shared_memory(kernel.function, common::shared_memory_limit(), true);
     CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, p.tile_rows);
     CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens);
-    CUtensorMap far = matrix_map(q.weight, q.num_rows, q.size, p.tile_rows, kReachSteps * kStageColumns);
 
     cudaLaunchAttribute attributes[2]{};
     attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -127,7 +125,7 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     config.stream = stream;
     config.attrs = p.splits > 1 ? attributes : attributes + 1;
     config.numAttrs = (p.splits > 1) + overlap;
-    void* arguments[] = {&weight, &x, &far, &p};
+    void* arguments[] = {&weight, &x, &p};
     CHECK_CUDA(cudaLaunchKernelExC(&config, kernel.function, arguments));
 }
 

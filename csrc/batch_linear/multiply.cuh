@@ -9,14 +9,7 @@
 
 namespace batch_linear {
 
-using common::wgmma, common::wgmma_fence;
-
-// As common::operand, of rows of 32 elements (64 bytes) in the 64-byte swizzle: groups of 8 rows are 512 bytes apart.
-__device__ __forceinline__ uint64_t operand(uint32_t address) {
-    constexpr uint64_t kGroupStride = uint64_t(512 / 16) << 32, kIgnored = uint64_t(1) << 16;
-    constexpr uint64_t kSwizzle64 = uint64_t(2) << 62;
-    return (uint64_t(address & 0x3FFFF) >> 4) | kIgnored | kGroupStride | kSwizzle64;
-}
+using common::operand, common::wgmma, common::wgmma_fence;
 
 // Weights are rows, 64 for each warpgroup in turn: a warp has a unit of every 128 rows, and all parts.
 template <int kTokens, int kRows>

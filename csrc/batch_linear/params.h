@@ -11,10 +11,9 @@ constexpr int kMaxTokens = 128;
 constexpr int kConsumerWarps = 8;                   // two warpgroups
 constexpr int kUnitRows = 16, kPartTokens = 16;     // of weight and of tokens, a fragment's
 constexpr int kMinTileRows = 64, kShortRows = 128;  // of weight: an instruction's for each warpgroup, at least and most
-constexpr int kStageColumns = 32;                   // 64 bytes, the swizzle's width
+constexpr int kStageColumns = 64;                   // 128 bytes, the swizzle's width
 constexpr int kMaxSplits = 8;                       // blocks of a cluster, the portable limit
-constexpr int kMaxStages = 28;
-constexpr int kReachSteps = 8;  // stages' worth of weight that are brought into L2 at a time
+constexpr int kMaxStages = 14;
 constexpr int kScaleWarps = 4;  // sum up squares where there is a norm
 constexpr int kConsumers = kConsumerWarps * 32, kScaleThreads = kScaleWarps * 32;
 
@@ -90,7 +89,6 @@ struct Params {
     int splits, stages, steps;  // steps: of kStageColumns, over all splits
     int ahead;                  // stages of weight that are asked for before the previous kernel has ended
     int trigger;                // the next kernel may start when this many stages are left to ask for
-    int reach;                  // stages of weight that are brought into L2 ahead of those asked for; 0: none
     int x_offset, tail_offset;  // in shared memory
 };
 

@@ -159,14 +159,6 @@ __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes
 #endif
 }
 
-__device__ __forceinline__ void tma_prefetch_5d(const CUtensorMap* map, int c0, int c1, int c2, int c3, int c4) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(c0), "r"(c1),
-                 "r"(c2), "r"(c3), "r"(c4)
-                 : "memory");
-#endif
-}
-
 // One box of a 5-D tensor, read once: it leaves L2 first.
 __device__ __forceinline__ void tma_load_5d(uint32_t target, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
                                             int c2, int c3, int c4) {

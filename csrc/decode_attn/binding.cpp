@@ -25,8 +25,7 @@ void decode(uintptr_t q, Strides2 q_strides, uintptr_t k_cache, Strides3 k_strid
             Strides3 v_strides, uintptr_t out, Strides2 out_strides, uintptr_t lse, uintptr_t lengths, uintptr_t slots,
             int blocks_per_slot, uintptr_t block_table, int64_t table_stride, uintptr_t cos, uintptr_t sin,
             uintptr_t partials, int64_t partials_size, int batch, int num_heads, int num_kv_heads, int head_dim,
-            int num_blocks, float scale, int dtype, int grid, int min_tiles, int reach, int version, bool pdl,
-            uintptr_t stream) {
+            int num_blocks, float scale, int dtype, int grid, int min_tiles, int version, bool pdl, uintptr_t stream) {
     if (num_kv_heads < 1 || num_heads % num_kv_heads != 0)
         throw std::invalid_argument("num_heads must be a multiple of num_kv_heads");
     Params p{};
@@ -52,7 +51,6 @@ void decode(uintptr_t q, Strides2 q_strides, uintptr_t k_cache, Strides3 k_strid
     p.group = num_heads / num_kv_heads;
     p.blocks_per_slot = blocks_per_slot;
     p.min_tiles = min_tiles;
-    p.reach = reach;
     p.scale_log2 = scale * 1.4426950408889634f;
     Launch how{};
     how.dtype = static_cast<common::Dtype>(dtype);
@@ -106,5 +104,5 @@ PYBIND11_MODULE(decode_attn, module) {
                "v_strides"_a, "out"_a, "out_strides"_a, "lse"_a, "lengths"_a, "slots"_a, "blocks_per_slot"_a,
                "block_table"_a, "table_stride"_a, "cos"_a, "sin"_a, "partials"_a, "partials_size"_a, "batch"_a,
                "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_blocks"_a, "scale"_a, "dtype"_a, "grid"_a,
-               "min_tiles"_a, "reach"_a, "version"_a, "pdl"_a, "stream"_a);
+               "min_tiles"_a, "version"_a, "pdl"_a, "stream"_a);
 }

@@ -70,7 +70,6 @@ struct Params {
     const void* k_cache;  // [num_blocks, num_kv_heads, 64, head_dim]
     const void* v_cache;
     int64_t stride_k_block, stride_k_head, stride_k_token, stride_v_block, stride_v_head, stride_v_token;
-    int reach;  // tiles that are brought into L2 ahead of those asked for; 0: none
 };
 
 // A cache as a 5-D tensor (column, token, panel, kv head, block), in boxes of a tile, and of kBoxTokens by one panel.

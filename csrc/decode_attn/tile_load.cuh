@@ -105,31 +105,6 @@ __device__ __forceinline__ int load_first_keys(const Params& p, const TensorMaps
     return my_block;
 }
 
-// Tiles behind those in the ring, which are brought into L2: while the ring is full, memory need not rest.
-struct Reach {
-    Walk walk;
-    int left;  // tiles
-
-    __device__ __forceinline__ void skip(const Rows& rows, int count) {
-        while (count > 0 && left > 0) {
-            const int here = min(count, walk.count - walk.index);
-            walk.index += here, count -= here, left -= here;
-            if (walk.index == walk.count && left > 0) walk.next_unit(rows);
-        }
-    }
-    // The next tile, if it is full.
-    __device__ __forceinline__ void next(const Params& p, const TensorMaps& maps, const Rows& rows) {
-        if (left <= 0) return;
-        if (walk.tokens - walk.index * kBlockSize >= kBlockSize && common::elect_one()) {
-            const int block = walk.slot * p.blocks_per_slot + walk.index;
-            common::tma_prefetch_5d(&maps.k.tile, 0, 0, 0, walk.head, block);
-            common::tma_prefetch_5d(&maps.v.tile, 0, 0, 0, walk.head, block);
-        }
-        --left;
-        if (++walk.index == walk.count && left > 0) walk.next_unit(rows);
-    }
-};
-
 // The block's `tiles` tiles, at least one, the first of them at `walk`, without what load_first_keys has asked for;
 // `my_block` is what it returned.
 template <typename T, int kHeadDim, Loader kLoader>
@@ -141,10 +116,6 @@ __device__ __forceinline__ void load_tiles(const Params& p, const TensorMaps& ma
     } now{{0, 1}, 0, 0, 0},
         last{};  // a fresh barrier's previous phase counts as complete: the first round does not wait
     bool first = true;
-    const bool reaches = kLoader == Loader::kTma && p.reach > 0 && !p.block_table;
-    Reach reach{walk, tiles};
-    if (reaches) reach.skip(rows, ring.stages);
-    int asked = 0;
 #pragma unroll 1
     while (true) {
         const int count = min(walk.count - walk.index, tiles);
@@ -157,15 +128,6 @@ __device__ __forceinline__ void load_tiles(const Params& p, const TensorMaps& ma
             for (int i = 0; i < min(32, count - done); ++i) {
                 now.block = __shfl_sync(~0u, my_block, i);
                 now.tokens = min(tokens - (done + i) * kBlockSize, kBlockSize);
-                if (reaches) {
-                    if (asked == ring.stages) {
-#pragma unroll 1
-                        for (int ahead = 0; ahead < p.reach; ++ahead) reach.next(p, maps, rows);
-                    } else if (asked > ring.stages) {
-                        reach.next(p, maps, rows);
-                    }
-                    ++asked;
-                }
                 // Values come one tile later: the first things needed are the scores of two tiles.
                 if (!first) {
                     load_tile<T, kHeadDim, kLoader>(p, maps, ring, now.cursor, 0, now.block, now.head, now.tokens,

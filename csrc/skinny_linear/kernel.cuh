@@ -31,14 +31,12 @@ struct Producer {
     const Params& p;
     const Block& b;
     const CUtensorMap *weight, *x;
-    int tile, step = 0, remaining;              // what to copy next, and how many stages are left
-    int far_tile, far_step = 0, far_remaining;  // the same of what is brought into L2
+    int tile, step = 0, remaining;  // what to copy next, and how many stages are left
 
     __device__ Producer(const Params& p, const Block& b, const CUtensorMap* weight, const CUtensorMap* x)
         : p(p), b(b), weight(weight), x(x), tile(blockIdx.x / p.splits) {
         const int stride = gridDim.x / p.splits;
         remaining = (p.tiles - tile + stride - 1) / stride * b.steps;
-        far_tile = tile, far_remaining = remaining;
     }
 
     __device__ __forceinline__ void copy_weight(int stage) {
@@ -57,37 +55,17 @@ struct Producer {
         if (++step == b.steps) step = 0, tile += gridDim.x / p.splits;
     }
 
-    __device__ __forceinline__ void advance_far() {
-        --far_remaining;
-        if (++far_step == b.steps) far_step = 0, far_tile += gridDim.x / p.splits;
-    }
-    // A stage's weight into L2: while the ring is full and waits for x, memory need not rest.
-    __device__ __forceinline__ void reach_on() {
-        if (far_remaining <= 0) return;
-        if (common::elect_one())
-            asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(weight), "r"(0),
-                         "r"(far_tile * p.tile_rows), "r"((b.first_step + far_step) * Grid::kBoxes)
-                         : "memory");
-        advance_far();
-    }
-
     __device__ __forceinline__ int begin() {
         const int ahead = min(p.stages, remaining);
 #pragma unroll 1
         for (int stage = 0; stage < ahead; ++stage, advance()) copy_weight(stage);
-        if (p.reach > 0) {
-#pragma unroll 1
-            for (int stage = 0; stage < ahead; ++stage) advance_far();
-#pragma unroll 1
-            for (int stage = 0; stage < p.reach; ++stage) reach_on();
-        }
         return ahead;
     }
     // The next kernel's weights should be on their way when this one's have been asked for: not before, because they
     // would only delay each other, and not after, because memory would rest.
     __device__ __forceinline__ void run(int ahead) {
         common::wait_for_previous_kernel();
-        if (remaining <= p.trigger) common::allow_next_kernel();
+        if (remaining <= kTriggerStages) common::allow_next_kernel();
 #pragma unroll 1
         for (int stage = 0, of_tile = 0; stage < ahead; ++stage, of_tile = of_tile + 1 < b.steps ? of_tile + 1 : 0)
             copy_x(stage, of_tile);
@@ -98,8 +76,7 @@ struct Producer {
             copy_weight(cursor.stage);
             copy_x(cursor.stage, step);
             advance();
-            if (p.reach > 0) reach_on();
-            if (remaining == p.trigger) common::allow_next_kernel();
+            if (remaining == kTriggerStages) common::allow_next_kernel();
         }
     }
 };

@@ -135,7 +135,6 @@ void launch(const Problem& q, const Tiling& t, bool overlap, cudaStream_t stream
     Params p{};
     p.residual = q.residual, p.out = q.out;
     p.num_tokens = q.num_tokens, p.num_rows = q.num_rows, p.size = q.size, p.eps = q.eps;
-    p.reach = t.reach, p.trigger = t.trigger;
     p.tile_rows = t.tile_rows, p.tiles = divide_up(q.num_rows, t.tile_rows), p.splits = t.splits;
     p.steps = divide_up(q.size / kBox, shape.boxes);
     p.own_units = divide_up(t.tile_rows / unit_rows(q.form), t.splits);

@@ -10,7 +10,7 @@ using common::Problem;
 
 // How a product is cut: tiles of tile_rows rows, each made by a cluster of `splits` blocks.
 struct Tiling {
-    int tile_rows, splits, reach, trigger;
+    int tile_rows, splits;
 };
 
 // Throws std::invalid_argument for what the kernel does not support (before any CUDA call), std::runtime_error if CUDA

@@ -47,8 +47,6 @@ struct Params {
     float eps;
     int tile_rows, tiles, splits, stages, steps;  // steps: stages' worth of columns, over all splits
     int own_units, unit_bits;                     // see Item; 1 << unit_bits is at least own_units
-    int trigger;                                  // the next kernel may start when this many are left to ask for
-    int reach;  // stages of weight that are brought into L2 ahead of those asked for; 0: none
     SharedLayout layout;
 };
 

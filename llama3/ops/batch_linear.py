@@ -23,9 +23,9 @@ MIN_TOKENS, MAX_TOKENS = 17, TOKEN_COUNTS[-1]  # up to 16, csrc/skinny_linear/ i
 FAST_MEMORY_TOKENS = MAX_TALL_TOKENS = 64
 TILE_ROWS, UNIT_ROWS = 128, 16
 MIN_TILE_ROWS, MAX_TILE_ROWS = 64, 256
-STAGE_COLUMNS = 32
+STAGE_COLUMNS = 64
 EXCHANGE_BYTES = 100 << 10  # that could be read in the time that a cluster takes to exchange its sums
-MIN_STEPS = 8  # of a block: room for what the others send
+MIN_STEPS = 4  # of a block: room for what the others send
 SPLITS = (1, 2, 4, 8)  # clusters of other sizes find fewer places
 # Clusters, by their blocks, that an H200 runs at once if each block has a multiprocessor of its own.
 CLUSTERS_AT_ONCE = {1: 132, 2: 66, 4: 30, 8: 14}
@@ -36,10 +36,10 @@ FULL = 0.9  # of the multiprocessors at work; more splits for the rest would cos
 SHARED_BYTES, SWIGLU_BYTES, SWIGLU_ALONE_BYTES = 106 << 10, 150 << 10, 200 << 10
 # With fast memory and long rows every block is better off alone; deeper rings than these have not been faster.
 ONE_ROUND_BYTES = {LINEAR_ADD: 150 << 10, NORM_LINEAR: 170 << 10, NORM_SWIGLU: 200 << 10}
-TRIGGER = 4
-MAX_STAGES = 28
+TRIGGER = 2
+MAX_STAGES = 14
 # Of a deep ring, where the block can only start when the previous kernel ends: x would have to wait behind the rest.
-AHEAD = 4
+AHEAD = 2
 
 
 class Plan(NamedTuple):
@@ -52,7 +52,6 @@ class Plan(NamedTuple):
     trigger: int = TRIGGER
     tile_rows: int = TILE_ROWS
     ahead: int = MAX_STAGES
-    reach: int = 0
 
 
 def norm_linear(

@@ -23,7 +23,6 @@ VERSIONS = ("naive", "split", "tensor_core", "ring", "tma")  # the ladder of doc
 MAX_GROUP = 8
 HEAD_DIMS = (64, 128)
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # the numbers of common::Dtype
-REACH = 0
 
 
 def decode_attn(
@@ -392,7 +391,6 @@ def _launch(
             dtype=DTYPES[k_cache.dtype],
             grid=grid,
             min_tiles=min_tiles or 1,
-            reach=REACH,
             version=version,
             pdl=pdl,
             stream=torch.cuda.current_stream(device).cuda_stream,

@@ -19,7 +19,6 @@ ALWAYS_TOKENS = 16  # up to which these kernels are the fastest for every shape
 # Beyond, csrc/batch_linear/ is faster for fewer rows or columns than this, or as many, and with fast memory always.
 NARROW = 2048
 MAX_TILE_ROWS = 128
-REACH, TRIGGER = 0, 4
 
 
 class Tiling(NamedTuple):
@@ -130,5 +129,5 @@ def _product(
 ) -> torch.Tensor:
     out, arguments = one_kernel.arguments(op, x, weight, residual, eps, out)
     tiling = tiling or choose_tiling(*x.shape[:1], *weight.shape, one_kernel.num_sms(x.device))
-    library().product(**arguments, tile_rows=tiling.tile_rows, splits=tiling.splits, reach=REACH, trigger=TRIGGER)
+    library().product(**arguments, tile_rows=tiling.tile_rows, splits=tiling.splits)
     return out
