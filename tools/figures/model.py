@@ -16,7 +16,7 @@ def sections(results: Results) -> dict[str, str]:
 def other_runs(results: Results) -> dict[str, str]:
     """Tables of suites measured again, on a GPU of the same kind with another host, or against fewer modes of vLLM."""
     found = model_sections.sections(list(results.values()))
-    return {f"other-runs-{name}": found[f"model-{name}"] for name in ("throughput", "figures")}
+    return {f"other-runs-{name}": found[f"model-{name}"] for name in ("throughput", "conditions", "figures")}
 
 
 def _known_peaks() -> str:
