@@ -1,109 +1,206 @@
-"""Which plan of `batch_linear` is best for each product of a layer, on the GPU at hand.
+"""Which plans of `batch_linear` are best for the products of a layer, on the GPU at hand.
 
-    python -m benchmarks.product_plans --shape 8b --tokens 64 [--context 128] [--json OUT]
+    python -m benchmarks.product_plans --shape 8b --tokens 64 --seconds 60 --json results/product_plans/8b-64.json
+    python -m benchmarks.product_plans --table
 
-The whole decode step is timed, because products follow one another closely; one product's plan is changed at a time,
-and the best is kept while the next one's is looked for. The products run in batch_linear even where others would.
+The whole decode step is timed, because products follow one another closely: what one leaves of a multiprocessor is what
+the next may have before its turn. From the plans in use, one product's is changed at random at a time; what is faster
+stays, if it was each time that the two were compared. --table writes what was found, of all results in the tree, where
+`llama3/ops/batch_plans.py` reads it.
 """
 
 import argparse
-import itertools
+import json
+import random
+import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
-from benchmarks.decode_products import REPEATS, Step
+from benchmarks.decode_products import Step, numbers
 from benchmarks.environment import describe
-from benchmarks.graph_timing import median_microseconds
+from benchmarks.graph_timing import capture, median_microseconds, replay_seconds
 from benchmarks.json_file import write_json
 from benchmarks.layer import product_shapes
 from llama3.errors import UserError
-from llama3.ops import batch_linear, linear
-from llama3.ops.batch_linear import TILE_ROWS, Plan
+from llama3.ops import batch_linear, linear, one_kernel
+from llama3.ops.batch_plans import MAX_STAGES, SPLITS, TABLE, UNIT_ROWS, Plan, max_tile_rows, min_tile_rows, padded
 from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
+from llama3.shapes import shape_config
 
-ORDER = ("gate-up", "down", "qkv", "o")  # by how much they read
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "product_plans"
 FORMS = {"qkv": NORM_LINEAR, "o": LINEAR_ADD, "gate-up": NORM_SWIGLU, "down": LINEAR_ADD}
-KIB, TRIGGERS, AHEADS = (106, 150, 170, 200), (0, 2), (batch_linear.AHEAD, batch_linear.MAX_STAGES)
+NAMES = {number: name for name, number in one_kernel.FORMS.items()}
+CHOICES: dict[str, tuple[int, ...]] = {
+    "shared_bytes": tuple(k << 10 for k in (60, 74, 82, 90, 98, 106, 112, 124, 140, 150, 170, 200)),
+    "trigger": (0, 1, 2, 3, 4, 6, 8, 12, 16, 24),
+    "ahead": (0, 1, 2, 3, 4, 5, 6, 8, 10, MAX_STAGES),
+    "x_stages": (2, 3, 4, 5, 6, 8, MAX_STAGES),
+}
+NEW_CUT = 0.25  # of the changes are another split and height, and the rest of one or two other fields or the height
+BLOCKS_A_MULTIPROCESSOR = (0.5, 3.0)
+FEW, PROMISING, PAIRS, COMPARED = 3, 0.9985, 3, 7
+REPLAYS = 25
+
+Plans = dict[str, Plan]
 
 
-def plans_for(form: int, num_rows: int, num_tokens: int) -> list[Plan]:
-    """Tiles of 128 rows, and those of which every cluster has one."""
-    return [
-        Plan(splits, kib << 10, trigger, tile_rows, ahead)
-        for splits, kib, trigger, ahead in itertools.product(batch_linear.SPLITS, KIB, TRIGGERS, AHEADS)
-        for tile_rows in sorted({TILE_ROWS, batch_linear.one_round_rows(form, num_rows, num_tokens, splits)})
-    ]
+class Move(NamedTuple):
+    """A change that is kept: the step's times with it and without."""
+
+    product: str
+    plan: Plan
+    us: float
+    before_us: float
 
 
-def search(
-    plans: Mapping[str, Iterable[Plan]], measure: Callable[[Mapping[str, Plan]], float | None]
-) -> dict[str, dict[Plan, float]]:
-    """Of each product in `plans`, the step's time by plan, the fastest first; products before it have their best.
+def change(plan: Plan, form: int, num_tokens: int, num_rows: int, num_sms: int, draw: random.Random) -> Plan:
+    """Another plan near this one, that gives a multiprocessor neither much too little nor much too much."""
+    heights = range(min_tile_rows(num_tokens), max_tile_rows(form, num_tokens) + 1, UNIT_ROWS)
+    while True:
+        if draw.random() < NEW_CUT:
+            other = plan._replace(splits=draw.choice(SPLITS), tile_rows=draw.choice(heights))
+        else:
+            other = plan
+            for field in draw.sample([*CHOICES, "tile_rows"], draw.choice((1, 1, 2, 3))):
+                other = other._replace(**{field: draw.choice(CHOICES.get(field) or heights)})
+        blocks = -(-num_rows // other.tile_rows) * other.splits
+        least, most = (share * num_sms for share in BLOCKS_A_MULTIPROCESSOR)
+        if other != plan and least <= blocks <= most and other.splits * UNIT_ROWS <= other.tile_rows:
+            return other
 
-    measure: the step's time under the plans given, products that are not in it under their own; None where a plan
-    cannot run. A product for which none can is left out.
+
+def improve(
+    plans: Plans,
+    propose: Callable[[Plans], tuple[str, Plan]],
+    measure: Callable[[Plans, int], float | None],
+    has_time: Callable[[], bool],
+) -> Iterator[Move]:
+    """Better and better plans, a change at a time.
+
+    measure: the step's time under these plans as a median of so many replays; None where one of them cannot run.
     """
-    best: dict[str, Plan] = {}
-    found = {}
-    for name, candidates in plans.items():
-        times = {plan: time for plan in candidates if (time := measure(best | {name: plan})) is not None}
-        if times:
-            found[name] = dict(sorted(times.items(), key=lambda item: item[1]))
-            best[name] = next(iter(found[name]))
-    return found
+    now = measure(plans, COMPARED)
+    tried: set[tuple[tuple[str, Plan], ...]] = set()
+    while has_time():
+        name, plan = propose(plans)
+        others = plans | {name: plan}
+        key = tuple(sorted(others.items()))
+        if key in tried:
+            continue
+        tried.add(key)
+        us = measure(others, FEW)
+        if us is None or (now is not None and us > now * PROMISING):
+            continue
+        pairs = [(measure(others, COMPARED), measure(plans, COMPARED)) for _ in range(PAIRS)]
+        compared = [(new, old) for new, old in pairs if new is not None and old is not None]
+        new_us, now = (statistics.median(times) for times in zip(*compared, strict=True))
+        if all(new < old for new, old in compared):
+            yield Move(name, plan, new_us, now)
+            plans, now = others, new_us
 
 
-def run(shape: str, num_tokens: int, context: int) -> dict[str, Any]:
+def run(shape: str, num_tokens: int, context: int, others: list[int], seconds: float, seed: int) -> dict[str, Any]:
     step = Step(shape)
-    decode, own = step.decode(num_tokens, context), batch_linear.choose_plan
+    decode, own, num_sms = step.decode(num_tokens, context), batch_linear.choose_plan, one_kernel.num_sms
     products = {name: (FORMS[name], *size) for name, size in product_shapes(step.config).items()}
+    gpu = num_sms(step.weights.embed.device), one_kernel.has_fast_memory(step.weights.embed.device)
 
-    def measure(plans: Mapping[str, Plan]) -> float | None:
+    def patched(plans: Plans) -> Any:
         chosen = {products[name]: plan for name, plan in plans.items()}
 
         def choose(form: int, num_tokens: int, num_rows: int, size: int, *gpu: Any) -> Plan:
             return chosen.get((form, num_rows, size)) or own(form, num_tokens, num_rows, size, *gpu)
 
-        with mock.patch.object(batch_linear, "choose_plan", choose):
+        return mock.patch.object(batch_linear, "choose_plan", choose)
+
+    def measure(plans: Plans, repeats: int) -> float | None:
+        with patched(plans):
             try:
-                return median_microseconds([decode], REPEATS)
+                return median_microseconds([decode], repeats)
             except ValueError:  # no room for it, or too many splits
                 return None
 
-    with mock.patch.object(linear, "ONE_KERNEL", ()):
-        library = median_microseconds([decode], REPEATS)
+    draw = random.Random(seed)
+
+    def propose(plans: Plans) -> tuple[str, Plan]:
+        name = draw.choice(list(plans))
+        return name, change(plans[name], FORMS[name], num_tokens, products[name][1], gpu[0], draw)
+
     everywhere = mock.patch.object(batch_linear, "FAST_MEMORY_TOKENS", batch_linear.MAX_TOKENS)
     with everywhere, mock.patch.object(linear, "ONE_KERNEL", (batch_linear,)):
-        own_us = measure({})
-        found = search({name: plans_for(*products[name][:2], num_tokens) for name in ORDER}, measure)
-    rows = [
-        {"product": name, "plan": plan._asdict(), "us": us}
-        for name, times in found.items()
-        for plan, us in times.items()
-    ]
-    facts = {"shape": shape, "tokens": num_tokens, "context_len": context}
-    return describe() | facts | {"cublaslt_us": library, "own_us": own_us, "rows": rows}
+        first = {name: own(form, num_tokens, *size, *gpu) for name, (form, *size) in products.items()}
+        plans, moves, end = first, [], time.monotonic() + seconds
+        for move in improve(first, propose, measure, lambda: time.monotonic() < end):
+            plans = plans | {move.product: move.plan}
+            moves.append(move._asdict() | {"plan": move.plan._asdict()})
+            print(f"{move.product:8} {move.before_us:7.1f} to {move.us:7.1f} us: {move.plan}", flush=True)
+        rows = [compare(step, num_tokens, tokens, first, plans, patched) for tokens in (context, *others)]
+    facts = {"shape": shape, "tokens": num_tokens, "context_len": context, "seed": seed, "seconds": seconds}
+    named = {name: plan._asdict() for name, plan in plans.items()}
+    return describe() | facts | {"plans": named, "moves": moves, "rows": rows}
+
+
+def compare(
+    step: Step, num_tokens: int, context: int, before: Plans, after: Plans, patched: Callable[[Plans], Any]
+) -> dict[str, float]:
+    """Both steps at one context, in turn."""
+    decode = step.decode(num_tokens, context)
+    graphs, times = [], ([], [])  # type: ignore[var-annotated]
+    for plans in (before, after):
+        with patched(plans):
+            graphs.append(capture([decode]))
+    for _ in range(REPLAYS):
+        for graph, of_graph in zip(graphs, times, strict=True):
+            of_graph.append(replay_seconds(graph) * 1e6)
+    before_us, us = (statistics.median(of_graph) for of_graph in times)
+    print(f"context {context}: {before_us:.1f} to {us:.1f} us", flush=True)
+    return {"context_len": context, "before_us": before_us, "us": us}
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What `batch_plans.table` reads, from results by name; of equal products the last one's plan."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for _, result in sorted(results.items()):
+        config, tokens = shape_config(result["shape"]), padded(result["tokens"])
+        for product, (num_rows, size) in product_shapes(config).items():
+            key = NAMES[FORMS[product]], tokens, num_rows, size
+            names = dict(zip(("form", "tokens", "num_rows", "size"), key, strict=True))
+            found[key] = names | {"plan": result["plans"][product]}
+    return [found[key] for key in sorted(found)]
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def written(rows: list[dict[str, Any]]) -> str:
+    """A plan a line."""
+    return "[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help=f"write {TABLE.name} from the results in the tree")
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--context", type=int, default=1184, help="at which plans are compared")
+    parser.add_argument("--others", type=numbers, default=[184, 2104], help="contexts at which the result is measured")
+    parser.add_argument("--seconds", type=float, default=60, help="to look for plans")
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.table:
+        TABLE.write_text(written(table(read_results())))
+        return 0
     try:
-        found = run(args.shape, args.tokens, args.context)
+        found = run(args.shape, args.tokens, args.context, args.others, args.seconds, args.seed)
     except UserError as error:
         print(f"benchmarks.product_plans: {error}", file=sys.stderr)
         return 2
-    print(f"a step in us: cuBLASLt {found['cublaslt_us']:.0f}, plans as chosen {found['own_us']:.0f}, then with")
-    for name, rows in itertools.groupby(found["rows"], lambda row: row["product"]):
-        for row in itertools.islice(rows, 3):
-            print(f"{name:8} {row['plan']}: {row['us']:.0f}")
     if args.json is not None:
         write_json(found, args.json)
     return 0

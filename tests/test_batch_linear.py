@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from llama3.errors import UserError
-from llama3.ops import batch_linear, one_kernel
-from llama3.ops.batch_linear import SPLITS, choose_plan
-from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
+from llama3.ops import batch_linear, batch_plans, linear, one_kernel
+from llama3.ops.batch_plans import SPLITS, choose_plan
+from llama3.ops.cublaslt import ALIGNMENT
+from llama3.ops.one_kernel import LINEAR, LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 from llama3.shapes import shape_config
 
 BF16 = torch.bfloat16
 GOOD = {"x": 4096, "weight": 4096, "residual": 0, "out": 4096, "num_tokens": 64, "num_rows": 64}
 GOOD |= {"squares": 4096, "count": 8}
 GOOD |= {"size": 128, "eps": 1e-5, "form": NORM_LINEAR, "splits": 1, "trigger": 4, "shared_bytes": 106 << 10}
-GOOD |= {"tile_rows": 128, "ahead": 14, "overlap": False, "stream": 0}
+GOOD |= {"tile_rows": 128, "ahead": 14, "x_stages": 14, "overlap": False, "stream": 0}
 ADDING = {"form": LINEAR_ADD, "residual": 4096}
 
 
@@ -27,10 +28,17 @@ ADDING = {"form": LINEAR_ADD, "residual": 4096}
         ({"num_tokens": 129}, "num_tokens is 129"),
         ({"size": 96}, "size is 96; expected a multiple of 64"),
         ({"num_rows": 24, "form": NORM_SWIGLU}, "num_rows is 24; expected a multiple of 16"),
-        ({"tile_rows": 48}, "tile_rows is 48; supported here: multiples of 16 from 64 to 128"),
-        ({"tile_rows": 272, "form": NORM_SWIGLU}, "tile_rows is 272; supported here: multiples of 16 from 64 to 256"),
+        ({"tile_rows": 16}, "tile_rows is 16; supported here: multiples of 16 from 32 to 128"),
+        ({"tile_rows": 48, "num_tokens": 48}, "tile_rows is 48; supported here: multiples of 16 from 64 to 128"),
+        ({"tile_rows": 272, "form": NORM_SWIGLU}, "tile_rows is 272; supported here: multiples of 16 from 32 to 256"),
         ({"tile_rows": 136}, "tile_rows is 136"),
-        ({"tile_rows": 144}, "tile_rows is 144; supported here: multiples of 16 from 64 to 128"),
+        ({"tile_rows": 144}, "tile_rows is 144; supported here: multiples of 16 from 32 to 128"),
+        ({"form": LINEAR, "squares": 0, "count": 0}, "tile_rows is 128; .* from 256 to 256"),
+        ({"form": LINEAR, "num_tokens": 65, "tile_rows": 256}, "tile_rows is 256; .* from 128 to 128"),
+        ({"form": LINEAR, "tile_rows": 256, "splits": 2}, "splits is 2; supported here: 1 to 1"),
+        ({"form": LINEAR, "tile_rows": 256}, "there are 8 sums of squares a token; expected 0, of out"),
+        ({"x_stages": 0}, "x_stages is 0; expected 1 or more"),
+        ({"x_stages": 1, "size": 256}, "a block needs [0-9]+ bytes .* in 2 stages"),
         ({"tile_rows": 144, "form": NORM_SWIGLU, "num_tokens": 65}, "tile_rows is 144; .* 64 to 128"),
         ({"ahead": -1}, "ahead is -1; expected 0 or more stages"),
         ({"splits": 0}, "splits is 0"),
@@ -48,6 +56,10 @@ ADDING = {"form": LINEAR_ADD, "residual": 4096}
         (
             {"shared_bytes": 40 << 10},
             "a block needs [0-9]+ bytes .* in 2 stages, and may have 40960 and 2",
+        ),
+        (  # room for what the blocks of the cluster send, not only for two stages
+            ADDING | {"squares": 0, "count": 0, "size": 4096, "splits": 7, "shared_bytes": 57 << 10},
+            "a block needs [0-9]+ bytes",
         ),
     ],
 )
@@ -135,13 +147,44 @@ def test_with_fast_memory_every_multiprocessor_has_one_tile(num_rows: int) -> No
     form = NORM_SWIGLU if num_rows > 8192 else LINEAR_ADD  # whose tiles may be taller
     plan = choose_plan(form, 64, num_rows, 4096, 132, fast_memory=True)
     blocks = -(-num_rows // plan.tile_rows) * plan.splits
-    assert 0.8 * 132 <= blocks <= batch_linear.CLUSTERS_AT_ONCE[plan.splits] * plan.splits <= 132
+    assert 0.8 * 132 <= blocks <= batch_plans.CLUSTERS_AT_ONCE[plan.splits] * plan.splits <= 132
 
 
-def test_llama_8b_runs_as_measured_with_fast_memory() -> None:
-    products = {"qkv": (NORM_LINEAR, 6144, 4096), "o": (LINEAR_ADD, 4096, 4096)}
-    products |= {"gate-up": (NORM_SWIGLU, 28672, 4096), "down": (LINEAR_ADD, 4096, 14336)}
-    plans = {name: choose_plan(form, 64, *shape, 132, True) for name, (form, *shape) in products.items()}
-    assert {name: (plan.splits, plan.tile_rows) for name, plan in plans.items()} == {
-        "qkv": (2, 96), "o": (2, 64), "gate-up": (1, 224), "down": (2, 64),
-    }  # fmt: skip
+def test_plans_that_were_found_run_where_they_were_found() -> None:
+    for (form, tokens, *shape), plan in batch_plans.table().items():
+        assert choose_plan(form, tokens, *shape, 132, True) == plan
+        assert choose_plan(form, tokens - 15, *shape, 132, True) == plan  # in the same kernel
+        elsewhere = choose_plan(form, tokens, *shape, 114, True), choose_plan(form, tokens, *shape, 132, False)
+        assert all(other.tile_rows >= batch_plans.MIN_TILE_ROWS for other in elsewhere)
+    assert choose_plan(NORM_LINEAR, 64, 3072, 2048, 132, True) != choose_plan(NORM_LINEAR, 64, 3072, 2048, 114, True)
+
+
+def test_where_the_head_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_kernel, "is_hopper", lambda device: device.type == "cuda")
+    monkeypatch.setattr(one_kernel, "has_fast_memory", lambda device: True)
+    cuda, vocabulary = torch.device("cuda"), 128256
+    assert batch_linear.pays_at_head(1, vocabulary, 2048, BF16, cuda)
+    assert batch_linear.pays_at_head(64, vocabulary, 4096, BF16, cuda)
+    assert not batch_linear.pays_at_head(65, vocabulary, 2048, BF16, cuda)
+    assert not batch_linear.pays_at_head(8, 16384, 2048, BF16, cuda)
+    assert not batch_linear.pays_at_head(8, vocabulary + 1, 2048, BF16, cuda)
+    assert not batch_linear.pays_at_head(8, vocabulary, 2048, torch.float16, cuda)
+    assert not batch_linear.pays_at_head(8, vocabulary, 2048, BF16, torch.device("cpu"))
+    monkeypatch.setattr(one_kernel, "has_fast_memory", lambda device: False)
+    assert not batch_linear.pays_at_head(8, vocabulary, 2048, BF16, cuda)
+
+
+@pytest.mark.parametrize(("apart", "own"), ((0, True), (1, False)), ids=("as it is", "copied"))
+def test_a_head_that_had_to_be_copied_is_not_read_early(monkeypatch: pytest.MonkeyPatch, apart: int, own: bool) -> None:
+    """The kernel reads weights before the previous kernel has ended, and that one would be the copy."""
+    memory = torch.ones(32 * 64 + ALIGNMENT, dtype=BF16)
+    first = -memory.data_ptr() % ALIGNMENT // 2 + apart  # elements to an aligned address, and on
+    weight, x = memory[first : first + 32 * 64].view(32, 64), torch.ones(2, 64, dtype=BF16)
+    ran: list[str] = []
+    monkeypatch.setattr(batch_linear, "pays_at_head", lambda *shape: True)
+    monkeypatch.setattr(batch_linear, "linear", lambda x, weight: ran.append("own") or x)
+    monkeypatch.setattr(linear.gemm_search, "algorithm_for", lambda *arguments: ran.append("library"))
+    monkeypatch.setattr(linear.gemm_search, "run", lambda *arguments: None)
+    linear.product(x, weight)
+    linear.product(x, weight, allow_own=False)
+    assert ran == ["own" if own else "library", "library"]

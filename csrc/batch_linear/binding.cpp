@@ -17,13 +17,14 @@ PYBIND11_MODULE(batch_linear, module) {
     module.def(
         "product",
         [](uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out, int num_tokens, int num_rows, int size,
-           float eps, int form, int splits, int trigger, int shared_bytes, int tile_rows, int ahead, uintptr_t squares,
-           int count, bool overlap, uintptr_t stream) {
+           float eps, int form, int splits, int trigger, int shared_bytes, int tile_rows, int ahead, int x_stages,
+           uintptr_t squares, int count, bool overlap, uintptr_t stream) {
             launch({pointer(x), pointer(weight), pointer(residual), pointer(out), num_tokens, num_rows, size, eps,
                     static_cast<Form>(form)},
-                   {pointer<float>(squares), count}, {splits, trigger, shared_bytes, tile_rows, ahead}, overlap,
-                   stream_at(stream));
+                   {pointer<float>(squares), count}, {splits, trigger, shared_bytes, tile_rows, ahead, x_stages},
+                   overlap, stream_at(stream));
         },
         "x"_a, "weight"_a, "residual"_a, "out"_a, "num_tokens"_a, "num_rows"_a, "size"_a, "eps"_a, "form"_a, "splits"_a,
-        "trigger"_a, "shared_bytes"_a, "tile_rows"_a, "ahead"_a, "squares"_a, "count"_a, "overlap"_a, "stream"_a);
+        "trigger"_a, "shared_bytes"_a, "tile_rows"_a, "ahead"_a, "x_stages"_a, "squares"_a, "count"_a, "overlap"_a,
+        "stream"_a);
 }

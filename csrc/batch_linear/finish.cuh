@@ -13,9 +13,10 @@ using Pack = common::Pack<__nv_bfloat16>;
 // One block's view.
 struct Block {
     uint8_t* memory;
-    uint32_t base;                      // its shared address
-    int tail;                           // offset
-    int tile, rank, first_step, steps;  // its tile, its place in the cluster, its part of the columns
+    uint32_t base;                // its shared address
+    int tail;                     // offset
+    int first_row, rows;          // of weight, that it makes, perhaps with others of the cluster
+    int rank, first_step, steps;  // its place in the cluster, its part of the columns; steps over all tiles
 
     template <typename T>
     __device__ T* at(int offset) const {
@@ -44,14 +45,14 @@ struct Receiver {
     }
     // The step after which peers may send; -1: before the first. Without units of its own a block receives in no stage.
     __device__ int last_step(const Params& p) const {
-        const int bytes = row_bytes(p.tile_rows), received = received_bytes(kTokens, p.splits, units);
+        const int bytes = p.weight_bytes, received = received_bytes(kTokens, p.splits, units);
         return max(before + min((received + bytes - 1) / bytes, stages), 0) - 1;
     }
     // The offset of one source's fragment in shared memory.
     __device__ int place(const Params& p, int source, int unit, int part) const {
         const int offset = (source * units + unit) * unit_bytes(kTokens) + part * kFragmentBytes;
         if (offset >= p.x_offset) return offset;
-        const int place = start * row_bytes(p.tile_rows) + offset;
+        const int place = start * p.weight_bytes + offset;
         return place < p.x_offset ? place : place - p.x_offset;
     }
 };
@@ -80,8 +81,7 @@ struct Target {
     static constexpr int kWords = kForm == Form::kNormSwiGlu ? 1 : 2;  // of two outputs, a token
     int lane, first_token, row;
 
-    __device__ Target(const Params& p, const Block& b, int unit, int part, int lane)
-        : lane(lane), first_token(part * kPartTokens), row(b.tile * p.tile_rows + unit * kUnitRows) {}
+    __device__ Target(int row, int part, int lane) : lane(lane), first_token(part * kPartTokens), row(row) {}
 
     __device__ __forceinline__ int token(int half) const { return first_token + 8 * half + lane / 4; }
     __device__ __forceinline__ bool exists(const Params& p, int half) const {
@@ -173,7 +173,9 @@ struct Finisher {
     __device__ Finisher(const Params& p, const Block& b) : p(p), b(b), own(p, b.rank) {}
 
     __device__ __forceinline__ bool has(int unit) const { return first < kApart && unit < own.units; }
-    __device__ __forceinline__ Target target(int unit) const { return {p, b, own.first + unit, part, lane}; }
+    __device__ __forceinline__ Target target(int unit) const {
+        return {b.first_row + (own.first + unit) * kUnitRows, part, lane};
+    }
 
     __device__ __forceinline__ void begin() {
         if (kForm == Form::kLinearAdd && has(first)) first_residual = target(first).load_residual(p);
@@ -186,8 +188,8 @@ struct Finisher {
     // All there is to sum is in this block.
     template <typename Sums>
     __device__ __forceinline__ void finish_alone(const Sums& sums) {
-        sums.each(p, [&](int unit, int part, const float* d) {
-            const Target to(p, b, unit, part, lane);
+        sums.each(p.units, [&](int unit, int part, const float* d) {
+            const Target to(b.first_row + unit * kUnitRows, part, lane);
             to.write(p, b, d, to.load_residual(p));
         });
     }
@@ -196,7 +198,7 @@ struct Finisher {
     template <typename Sums>
     __device__ __forceinline__ void send_sums(const Sums& sums) {
         common::wait_for_cluster(b.drained());
-        sums.each(p, [&](int unit, int part, const float* d) {
+        sums.each(p.units, [&](int unit, int part, const float* d) {
             const int owner = owner_of(unit, p.units, p.splits);
             const Receiver<kTokens> receiver(p, owner);
             const uint32_t to = common::in_block(b.base, owner), barrier = to + b.received() - b.base;

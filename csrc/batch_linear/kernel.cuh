@@ -6,74 +6,49 @@
 // weight before the previous kernel has ended, because weights are constants: with half of an SM's shared memory each,
 // this kernel's ring fills while the previous kernel's blocks still work. Up to two warpgroups multiply, straight from
 // shared memory. RMSNorm costs no pass over x: its weight is part of `weight`, the product that makes x leaves sums of
-// its squares, and the one behind scales its own.
+// its squares, and the one behind scales its own. The head, kLinear, has so many rows that there is a block for each
+// SM, which makes an equal share of them, tile by tile.
 //
 // weight [num_rows, size], x [num_tokens, size], out [num_tokens, num_rows] (see Params); all contiguous bf16. weight
 // is read before the previous kernel has ended: it must have been written by an earlier one.
 #pragma once
-#include <cuda.h>
-
+#include "batch_linear/fill.cuh"
 #include "batch_linear/finish.cuh"
 #include "batch_linear/multiply.cuh"
 #include "batch_linear/scale.cuh"
 
 namespace batch_linear {
 
-using common::Cursor, common::wgmma_commit, common::wgmma_wait;
+using common::wgmma_commit, common::wgmma_wait;
 
-__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, uint32_t barrier, int column, int row,
-                                         uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(target),
-        "l"(map), "r"(barrier), "r"(column), "r"(row), "l"(policy)
-        : "memory");
-}
-
-// The warp that fills the ring: one lane of it copies. begin() asks for constants only.
-template <int kTokens>
-struct Producer {
-    const Params& p;
-    const Block& b;
-    const CUtensorMap *weight, *x;
-    const int ahead = min(p.ahead, b.steps), first = min(p.stages, b.steps);
-
-    __device__ __forceinline__ void copy_weight(int stage, int step) {
-        if (!common::elect_one()) return;
-        common::mbarrier_expect(b.full(stage), stage_bytes(p.tile_rows, kTokens));
-        copy_box(b.base + stage * row_bytes(p.tile_rows), weight, b.full(stage), (b.first_step + step) * kStageColumns,
-                 b.tile * p.tile_rows, common::kEvictFirst);
-    }
-    __device__ __forceinline__ void copy_x(int stage, int step) {
-        if (!common::elect_one()) return;
-        copy_box(b.base + p.x_offset + stage * row_bytes(kTokens), x, b.full(stage),
-                 (b.first_step + step) * kStageColumns, 0, common::kEvictLast);
-    }
-    __device__ __forceinline__ void begin() {
-#pragma unroll 1
-        for (int step = 0; step < ahead; ++step) copy_weight(step, step);
-    }
-    // The next kernel's weights should be on their way when this one's have been asked for: not before, because they
-    // would only delay each other, and not after, because memory would rest.
-    __device__ __forceinline__ void run() {
-        common::wait_for_previous_kernel();
-        if (b.steps - first <= p.trigger) common::allow_next_kernel();
-#pragma unroll 1
-        for (int step = 0; step < first; ++step) {
-            if (step >= ahead) copy_weight(step, step);
-            copy_x(step, step);
-        }
-        Cursor at;
-#pragma unroll 1
-        for (int step = first; step < b.steps; ++step) {
-            common::mbarrier_wait(b.empty(at.stage), at.phase);
-            copy_weight(at.stage, step);
-            copy_x(at.stage, step);
-            if (b.steps - step - 1 == p.trigger) common::allow_next_kernel();
-            at.advance(p.stages);
-        }
-    }
+// Which stages come next.
+struct Turn {
+    Cursor weight, x;
 };
+
+// Multiplies a tile's steps and calls after(step) behind each. A stage is given back when the next one is under way;
+// the last one is returned, and multiplied.
+template <int kTokens, int kRows, typename After>
+__device__ __forceinline__ int multiply_steps(const Params& p, const Block& b, Sums<kTokens, kRows>& sums, int steps,
+                                              Turn& turn, After after) {
+    constexpr int kXBytes = stage_panels(kTokens, kRows) * panel_bytes(kTokens);
+    const int lane = threadIdx.x % 32;
+    int before = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        common::mbarrier_wait(b.full(turn.weight.stage), turn.weight.phase);
+        sums.multiply(p, b.base + turn.weight.stage * p.weight_bytes, b.base + p.x_offset + turn.x.stage * kXBytes,
+                      step);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (step > 0 && lane == 0) common::mbarrier_arrive(b.empty(before));
+        after(step);
+        before = turn.weight.stage;
+        turn.weight.advance(p.stages), turn.x.advance(p.x_stages);
+    }
+    wgmma_wait<0>();
+    return before;
+}
 
 template <int kTokens, int kRows, Form kForm>
 __device__ __forceinline__ void consume(const Params& p, const Block& b) {
@@ -86,21 +61,10 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     Sums<kTokens, kRows> sums(p);
     const bool multiplies = sums.kGroups == 2 || common::uniform_warp() < 4;
     if (multiplies) {
-        Cursor at;
-        int before = 0;
-#pragma unroll 1
-        for (int step = 0; step < b.steps; ++step) {
-            common::mbarrier_wait(b.full(at.stage), at.phase);
-            sums.multiply(b.base + at.stage * row_bytes(p.tile_rows),
-                          b.base + p.x_offset + at.stage * row_bytes(kTokens), step);
-            wgmma_commit();
-            wgmma_wait<1>();
-            if (step > 0 && lane == 0) common::mbarrier_arrive(b.empty(before));
+        Turn turn;
+        multiply_steps<kTokens, kRows>(p, b, sums, b.steps, turn, [&](int step) {
             if (step == last_step + 1) allow_sending(p, b, lane);
-            before = at.stage;
-            at.advance(p.stages);
-        }
-        wgmma_wait<0>();
+        });
     }
     if (p.splits == 1) {
         finisher.wait_for_scales();
@@ -117,15 +81,49 @@ __device__ __forceinline__ void consume(const Params& p, const Block& b) {
     finisher.finish_received();
 }
 
+// Tile after tile, while the ring runs on.
+template <int kTokens, int kRows, Form kForm>
+__device__ __forceinline__ void consume_tiles(const Params& p, const Block& b) {
+    const int lane = threadIdx.x % 32;
+    common::wait_for_previous_kernel();
+    Sums<kTokens, kRows> sums(p);
+    Turn turn;
+#pragma unroll 1
+    for (int first = 0; first < b.rows; first += kRows) {
+        const int last = multiply_steps<kTokens, kRows>(p, b, sums, p.steps, turn, [](int) {});
+        if (lane == 0) common::mbarrier_arrive(b.empty(last));
+        sums.each(min(b.rows - first, kRows) / kUnitRows, [&](int unit, int part, const float* d) {
+            const Target<kForm, tokens_are_rows(kTokens)> to(b.first_row + first + unit * kUnitRows, part, lane);
+            to.write(p, b, d, {});
+        });
+    }
+}
+
+// Which rows of weight the block makes, and in which steps.
+template <int kRows, Form kForm>
+__device__ __forceinline__ Block block_of(const Params& p, uint8_t* shared, int rank) {
+    Block b{shared, common::shared_address(shared), p.tail_offset};
+    if constexpr (makes_many_tiles(kForm)) {
+        const int boxes = (p.num_rows + kBoxRows - 1) / kBoxRows, first = first_of(boxes, blockIdx.x, gridDim.x);
+        b.first_row = first * kBoxRows, b.rows = first_of(boxes, blockIdx.x + 1, gridDim.x) * kBoxRows - b.first_row;
+        b.steps = (b.rows + kRows - 1) / kRows * p.steps;
+    } else {
+        b.first_row = int(blockIdx.x) / p.splits * p.tile_rows, b.rows = p.tile_rows;
+        b.rank = rank, b.first_step = first_of(p.steps, rank, p.splits);
+        b.steps = first_of(p.steps, rank + 1, p.splits) - b.first_step;
+    }
+    return b;
+}
+
 // Registers for two blocks an SM, this kernel's and the next one's, where their rings may leave room for both: not of
 // SwiGLU's, and not where a tile is cut to give every SM one.
 template <Form kForm>
-constexpr bool leaves_room(int tokens, int rows) {
-    return tokens <= 64 && rows != 96 && kForm != Form::kNormSwiGlu;
+constexpr bool leaves_room(int tokens) {
+    return tokens <= 64 && !may_be_tall(kForm, tokens);
 }
 
 template <int kTokens, int kRows, Form kForm>
-__global__ void __launch_bounds__(threads(kForm), leaves_room<kForm>(kTokens, kRows) ? 2 : 1)
+__global__ void __launch_bounds__(threads(kForm), leaves_room<kForm>(kTokens) ? 2 : 1)
     batch_linear_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant__ CUtensorMap x,
                         const __grid_constant__ Params p) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
@@ -136,10 +134,7 @@ __global__ void __launch_bounds__(threads(kForm), leaves_room<kForm>(kTokens, kR
         common::tma_prefetch_map(&weight);
         common::tma_prefetch_map(&x);
     }
-    const int first_step = first_of(p.steps, rank, p.splits);
-    const int steps = first_of(p.steps, rank + 1, p.splits) - first_step;
-    const Block b{shared, common::shared_address(shared), p.tail_offset, int(blockIdx.x) / p.splits, rank, first_step,
-                  steps};
+    const Block b = block_of<kRows, kForm>(p, shared, rank);
     if (common::elect_one()) {  // each barrier is an instruction of some fifty cycles: every warp makes a few
         for (int i = warp; i < p.stages; i += threads(kForm) / 32) {
             common::mbarrier_init(b.full(i), 1);
@@ -152,7 +147,7 @@ __global__ void __launch_bounds__(threads(kForm), leaves_room<kForm>(kTokens, kR
         common::fence_barrier_init();
     }
     __syncthreads();
-    Producer<kTokens> producer{p, b, &weight, &x};
+    Producer<kTokens, kRows, kForm> producer{p, b, &weight, &x};
     if (warp == kConsumerWarps) {
         producer.begin();
         if (p.splits > 1 && common::elect_one()) common::mbarrier_expect(b.received(), sent_bytes<kTokens>(p, b));
@@ -160,7 +155,10 @@ __global__ void __launch_bounds__(threads(kForm), leaves_room<kForm>(kTokens, kR
     }
     if (p.splits > 1) common::cluster_arrive();
     if (warp < kConsumerWarps) {
-        consume<kTokens, kRows, kForm>(p, b);
+        if constexpr (makes_many_tiles(kForm))
+            consume_tiles<kTokens, kRows, kForm>(p, b);
+        else
+            consume<kTokens, kRows, kForm>(p, b);
     } else if (warp == kConsumerWarps) {
         producer.run();
         if (p.splits > 1) common::cluster_wait();

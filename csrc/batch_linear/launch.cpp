@@ -26,7 +26,7 @@ void check_squares(const Problem& q, const Squares& squares) {
     if (has_norm(q.form)) {
         require(squares.sums && squares.count >= 1, found + "1 or more, of x");
     } else {
-        const int count = squares.sums ? q.num_rows / kUnitRows : 0;
+        const int count = q.form == Form::kLinearAdd && squares.sums ? q.num_rows / kUnitRows : 0;
         require(squares.count == count, found + std::to_string(count) + ", of out");
     }
 }
@@ -34,17 +34,19 @@ void check_squares(const Problem& q, const Squares& squares) {
 void check(const Problem& q, const Squares& squares, const Plan& plan) {
     require(q.num_tokens >= 1 && q.num_tokens <= kMaxTokens,
             "num_tokens is " + std::to_string(q.num_tokens) + "; supported: 1 to " + std::to_string(kMaxTokens));
-    require(q.size >= kStageColumns && q.size % kStageColumns == 0,
-            "size is " + std::to_string(q.size) + "; expected a multiple of " + std::to_string(kStageColumns));
+    require(q.size >= kPanelColumns && q.size % kPanelColumns == 0,
+            "size is " + std::to_string(q.size) + "; expected a multiple of " + std::to_string(kPanelColumns));
     require(q.num_rows >= kUnitRows && q.num_rows % kUnitRows == 0,
             "num_rows is " + std::to_string(q.num_rows) + "; expected a multiple of " + std::to_string(kUnitRows));
-    const int most = std::min(kMaxSplits, q.size / kStageColumns);
+    const int most = makes_many_tiles(q.form) ? 1 : std::min(kMaxSplits, q.size / kPanelColumns);
     require(plan.splits >= 1 && plan.splits <= most,
             "splits is " + std::to_string(plan.splits) + "; supported here: 1 to " + std::to_string(most));
     const int tallest = tallest_tile(q.form, padded_tokens(q.num_tokens));
-    require(plan.tile_rows >= kMinTileRows && plan.tile_rows <= tallest && plan.tile_rows % kUnitRows == 0,
+    const int lowest = makes_many_tiles(q.form) ? tallest : lowest_tile(padded_tokens(q.num_tokens));
+    require(plan.tile_rows >= lowest && plan.tile_rows <= tallest && plan.tile_rows % kUnitRows == 0,
             "tile_rows is " + std::to_string(plan.tile_rows) + "; supported here: multiples of " +
-                std::to_string(kUnitRows) + " from " + std::to_string(kMinTileRows) + " to " + std::to_string(tallest));
+                std::to_string(kUnitRows) + " from " + std::to_string(lowest) + " to " + std::to_string(tallest));
+    require(plan.x_stages >= 1, "x_stages is " + std::to_string(plan.x_stages) + "; expected 1 or more");
     require(plan.ahead >= 0, "ahead is " + std::to_string(plan.ahead) + "; expected 0 or more stages");
     require((q.form == Form::kLinearAdd) == (q.residual != nullptr),
             "a residual belongs to linear_add, and to no other");
@@ -57,12 +59,14 @@ void check(const Problem& q, const Squares& squares, const Plan& plan) {
     for (const auto& operand : operands) require_aligned(operand.pointer, operand.name);
 }
 
-// A row-major bf16 matrix, copied in boxes of `box_rows` by 64 columns; zeros beyond its edges.
-CUtensorMap matrix_map(const void* matrix, int rows, int columns, int box_rows) {
-    const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {cuuint64_t(columns) * 2};
-    const cuuint32_t box[] = {kStageColumns, cuuint32_t(box_rows)}, steps[] = {1, 1};
+// A row-major bf16 matrix as panels of 64 columns, [panel][row][column], copied in boxes of `box_rows` of `box_panels`;
+// zeros beyond its edges.
+CUtensorMap matrix_map(const void* matrix, int rows, int columns, int box_rows, int box_panels) {
+    const cuuint64_t sizes[] = {kPanelColumns, cuuint64_t(rows), cuuint64_t(columns / kPanelColumns)};
+    const cuuint64_t strides[] = {cuuint64_t(columns) * 2, kPanelColumns * 2};
+    const cuuint32_t box[] = {kPanelColumns, cuuint32_t(box_rows), cuuint32_t(box_panels)}, steps[] = {1, 1, 1};
     CUtensorMap map;
-    common::check_map(common::encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(matrix),
+    common::check_map(common::encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(matrix),
                                              sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
@@ -77,8 +81,30 @@ Kernel select_kernel(Form form, int tokens, int tile_rows) {
             return kernel_for<Form::kLinearAdd>(tokens, tile_rows);
         case Form::kNormSwiGlu:
             return kernel_for<Form::kNormSwiGlu>(tokens, tile_rows);
+        case Form::kLinear:
+            return kernel_for<Form::kLinear>(tokens, tile_rows);
     }
     throw std::invalid_argument("unknown form");
+}
+
+// Shares out what a block may use, and returns how much of it is used.
+int lay_out(Params& p, const Plan& plan, int kernel_rows, int panels, int tokens, int block_steps) {
+    p.weight_bytes = panels * panel_bytes(p.tile_rows);
+    const int x_bytes = panels * panel_bytes(tokens);
+    // What is read behind a tile that is not so high has to be there behind the last stage as well.
+    const int behind = std::max(int(sizeof(Tail)), panel_bytes(kernel_rows - p.tile_rows - tokens));
+    const int received = p.splits == 1 ? 0 : received_bytes(tokens, p.splits, divide_up(p.units, p.splits));
+    const int least = std::min(2, block_steps), most = std::min(kMaxStages, block_steps);
+    const int room = plan.shared_bytes - behind;
+    p.x_stages = std::min({plan.x_stages, most, room / (p.weight_bytes + x_bytes)});
+    p.stages = std::min(most, (room - p.x_stages * x_bytes) / p.weight_bytes);
+    p.ahead = std::min(plan.ahead, p.stages);
+    p.x_offset = p.stages * p.weight_bytes, p.tail_offset = p.x_offset + p.x_stages * x_bytes;
+    const int needed = std::max(least * (p.weight_bytes + x_bytes), received) + behind;
+    require(p.x_stages >= least && p.tail_offset >= received,
+            "a block needs " + std::to_string(needed) + " bytes of shared memory in " + std::to_string(least) +
+                " stages, and may have " + std::to_string(plan.shared_bytes) + " and " + std::to_string(block_steps));
+    return p.tail_offset + behind;
 }
 
 }  // namespace
@@ -92,25 +118,16 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     p.num_tokens = q.num_tokens, p.num_rows = q.num_rows, p.size = q.size, p.eps = q.eps;
     p.splits = plan.splits, p.trigger = plan.trigger;
     p.tile_rows = plan.tile_rows, p.units = plan.tile_rows / kUnitRows;
-    const int bytes_of_stage = stage_bytes(p.tile_rows, tokens);
-    p.steps = q.size / kStageColumns;
-    const int block_steps = divide_up(p.steps, p.splits);
+    const bool many_tiles = makes_many_tiles(q.form);
     const Kernel kernel = select_kernel(q.form, tokens, p.tile_rows);
-    // What is read behind a tile that is not so high has to be there behind the last stage as well.
-    const int behind = std::max(int(sizeof(Tail)), row_bytes(kernel.rows) - bytes_of_stage);
-    p.stages = std::min({kMaxStages, block_steps, (plan.shared_bytes - behind) / bytes_of_stage});
-    const int received = p.splits == 1 ? 0 : received_bytes(tokens, p.splits, divide_up(p.units, p.splits));
-    const int least = std::max(std::min(2, block_steps), divide_up(received, bytes_of_stage));
-    require(p.stages >= least, "a block needs " + std::to_string(least * bytes_of_stage + behind) +
-                                   " bytes of shared memory in " + std::to_string(least) + " stages, and may have " +
-                                   std::to_string(plan.shared_bytes) + " and " + std::to_string(block_steps));
-    p.ahead = std::min(plan.ahead, p.stages);
-    p.x_offset = p.stages * row_bytes(p.tile_rows), p.tail_offset = p.stages * bytes_of_stage;
-    const int bytes = p.tail_offset + behind;
+    const int panels = stage_panels(tokens, kernel.rows);
+    p.steps = divide_up(q.size / kPanelColumns, panels);
+    const int block_steps = many_tiles ? kMaxStages : divide_up(p.steps, p.splits);  // or more
+    const int bytes = lay_out(p, plan, kernel.rows, panels, tokens, block_steps);
 
     common::allow_shared_memory(kernel.function, common::shared_memory_limit(), true);
-    CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, p.tile_rows);
-    CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens);
+    CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, many_tiles ? kBoxRows : p.tile_rows, panels);
+    CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens, panels);
 
     cudaLaunchAttribute attributes[2]{};
     attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -119,7 +136,9 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(divide_up(q.num_rows, p.tile_rows) * p.splits);
+    const int blocks = many_tiles ? std::min(common::multiprocessors(), divide_up(q.num_rows, kBoxRows))
+                                  : divide_up(q.num_rows, p.tile_rows) * p.splits;
+    config.gridDim = dim3(blocks);
     config.blockDim = dim3(threads(q.form));
     config.dynamicSmemBytes = bytes;
     config.stream = stream;

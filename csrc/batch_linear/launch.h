@@ -12,7 +12,7 @@ using common::Problem;
 // may start. shared_bytes: the most that a block may use. ahead: stages of weight that are asked for before the
 // previous kernel has ended, if the ring has so many.
 struct Plan {
-    int splits, trigger, shared_bytes, tile_rows, ahead;
+    int splits, trigger, shared_bytes, tile_rows, ahead, x_stages;
 };
 
 // Throws std::invalid_argument for what the kernel does not support (before any CUDA call), std::runtime_error if CUDA

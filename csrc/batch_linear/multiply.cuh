@@ -28,26 +28,27 @@ struct WeightRows {
     __device__ __forceinline__ int first_row(int i) const { return (2 * i + warp / 4) * (kShortRows / 2); }
 
     // Rows beyond the tile's are whatever lies there; what comes of them is not used.
-    __device__ __forceinline__ void multiply(uint32_t weight, uint32_t x, int step) {
+    __device__ __forceinline__ void multiply(const Params& p, uint32_t weight, uint32_t x, int step) {
+        static_assert(stage_panels(kTokens, kRows) == 1);
         const uint64_t columns = operand(x);
 #pragma unroll
         for (int i = 0; i < kUnits; ++i) {
             if (!has_rows[i]) continue;
-            const uint64_t rows = operand(weight + row_bytes(first_row(i)));
+            const uint64_t rows = operand(weight + panel_bytes(first_row(i)));
             wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < kStageColumns / 16; ++k)  // 32 bytes further along the rows
+            for (int k = 0; k < kPanelColumns / 16; ++k)  // 32 bytes further along the rows
                 wgmma<__nv_bfloat16, kTokens>(d[i], rows + 2 * k, columns + 2 * k, step + k);
         }
     }
 
-    // Calls use(unit, part, its sums) for those that the tile has.
+    // Calls use(unit, part, its sums) for those of the first `units`, which the tile has.
     template <typename Use>
-    __device__ __forceinline__ void each(const Params& p, Use use) const {
+    __device__ __forceinline__ void each(int units, Use use) const {
 #pragma unroll
         for (int i = 0; i < kUnits; ++i) {
             const int unit = warp + i * kConsumerWarps;
-            if (unit >= p.units) continue;
+            if (unit >= units) continue;
 #pragma unroll
             for (int part = 0; part < kTokens / kPartTokens; ++part) use(unit, part, d[i] + 8 * part);
         }
@@ -64,20 +65,24 @@ struct TokenRows {
 
     __device__ explicit TokenRows(const Params& p) {}
 
-    __device__ __forceinline__ void multiply(uint32_t weight, uint32_t x, int step) {
-        const uint64_t rows = operand(x), columns = operand(weight + row_bytes(group * kOwnRows));
+    __device__ __forceinline__ void multiply(const Params& p, uint32_t weight, uint32_t x, int step) {
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kStageColumns / 16; ++k)
-            wgmma<__nv_bfloat16, kOwnRows>(d, rows + 2 * k, columns + 2 * k, step + k);
+        for (int panel = 0; panel < stage_panels(64, kRows); ++panel) {
+            const uint64_t rows = operand(x + panel * panel_bytes(64));
+            const uint64_t columns = operand(weight + panel * panel_bytes(p.tile_rows) + panel_bytes(group * kOwnRows));
+#pragma unroll
+            for (int k = 0; k < kPanelColumns / 16; ++k)
+                wgmma<__nv_bfloat16, kOwnRows>(d, rows + 2 * k, columns + 2 * k, step + panel + k);
+        }
     }
 
     template <typename Use>
-    __device__ __forceinline__ void each(const Params& p, Use use) const {
+    __device__ __forceinline__ void each(int units, Use use) const {
 #pragma unroll
         for (int i = 0; i < kOwnRows / kUnitRows; ++i) {
             const int unit = group * (kOwnRows / kUnitRows) + i;
-            if (unit < p.units) use(unit, part, d + 8 * i);
+            if (unit < units) use(unit, part, d + 8 * i);
         }
     }
 };

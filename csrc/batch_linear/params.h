@@ -8,12 +8,13 @@
 namespace batch_linear {
 
 constexpr int kMaxTokens = 128;
-constexpr int kConsumerWarps = 8;                   // two warpgroups
-constexpr int kUnitRows = 16, kPartTokens = 16;     // of weight and of tokens, a fragment's
-constexpr int kMinTileRows = 64, kShortRows = 128;  // of weight: an instruction's for each warpgroup, at least and most
-constexpr int kStageColumns = 64;                   // 128 bytes, the swizzle's width
-constexpr int kMaxSplits = 8;                       // blocks of a cluster, the portable limit
-constexpr int kMaxStages = 14;
+constexpr int kConsumerWarps = 8;                // two warpgroups
+constexpr int kUnitRows = 16, kPartTokens = 16;  // of weight and of tokens, a fragment's
+constexpr int kShortRows = 128;                  // of weight: two warpgroups' instructions, where weights are rows
+constexpr int kPanelColumns = 64;                // 128 bytes, the swizzle's width
+constexpr int kBoxRows = 32;   // that a block of many tiles brings at a time, and that its share is made of
+constexpr int kMaxSplits = 8;  // blocks of a cluster, the portable limit
+constexpr int kMaxStages = 24;
 constexpr int kScaleWarps = 4;  // sum up squares where there is a norm
 constexpr int kConsumers = kConsumerWarps * 32, kScaleThreads = kScaleWarps * 32;
 
@@ -45,15 +46,35 @@ constexpr bool tokens_are_rows(int tokens) {
     return tokens == 64;
 }
 
-// Only SwiGLU's products have so many rows that tiles of more than kShortRows pay.
+// Whether every block makes several tiles, one after the other, and its ring runs on over their borders.
+constexpr bool makes_many_tiles(Form form) {
+    return form == Form::kLinear;
+}
+
+// Only SwiGLU's products and the head have so many rows that tiles of more than kShortRows pay.
 constexpr bool may_be_tall(Form form, int tokens) {
-    return form == Form::kNormSwiGlu && tokens <= 64;
+    return (form == Form::kNormSwiGlu || makes_many_tiles(form)) && tokens <= 64;
+}
+
+constexpr int lowest_tile(int tokens) {
+    return tokens_are_rows(tokens) ? 32 : 64;
+}
+constexpr int tallest_tile(Form form, int tokens) {
+    return may_be_tall(form, tokens) ? 2 * kShortRows : kShortRows;
+}
+
+// Panels of 64 columns that make a stage, in the kernel for tiles of `rows`. Waits and addresses of a stage take as
+// long as the multiplications of a low panel, and longer than it takes to arrive.
+constexpr int stage_panels(int tokens, int rows) {
+    return tokens_are_rows(tokens) && rows <= 64 ? 2 : 1;
 }
 
 // Heights of tiles that kernels are compiled for, in ascending order; a tile between two runs in the taller one's.
 template <Form kForm, int kTokens>
 constexpr auto tile_heights() {
-    if constexpr (!tokens_are_rows(kTokens)) {
+    if constexpr (makes_many_tiles(kForm)) {
+        return std::array{tallest_tile(kForm, kTokens)};
+    } else if constexpr (!tokens_are_rows(kTokens)) {
         if constexpr (may_be_tall(kForm, kTokens))
             return std::array{kShortRows, 2 * kShortRows};
         else
@@ -62,12 +83,8 @@ constexpr auto tile_heights() {
         if constexpr (may_be_tall(kForm, kTokens))
             return std::array{kShortRows, 224, 256};
         else
-            return std::array{64, 96, kShortRows};
+            return std::array{32, 64, kShortRows};
     }
-}
-
-constexpr int tallest_tile(Form form, int tokens) {
-    return may_be_tall(form, tokens) ? 2 * kShortRows : kShortRows;
 }
 
 // Of `count` things that a cluster shares out, block `rank` has those from first_of(rank) to first_of(rank + 1): steps
@@ -86,7 +103,9 @@ struct Params {
     int num_tokens, num_rows, size;
     float eps;
     int tile_rows, units;       // weight rows of a tile, and units of them
-    int splits, stages, steps;  // steps: of kStageColumns, over all splits
+    int splits, steps;          // steps: a stage's columns each, over all splits
+    int stages, x_stages;       // of the ring; x, which is nearer than memory, has no more than weight
+    int weight_bytes;           // of a stage
     int ahead;                  // stages of weight that are asked for before the previous kernel has ended
     int trigger;                // the next kernel may start when this many stages are left to ask for
     int x_offset, tail_offset;  // in shared memory
@@ -98,12 +117,9 @@ struct Kernel {
     int rows;
 };
 
-// Shared memory of a block: the weight of all stages, then their x, then Tail.
-constexpr __host__ __device__ int row_bytes(int rows) {
-    return rows * kStageColumns * 2;
-}
-constexpr __host__ __device__ int stage_bytes(int tile_rows, int tokens) {
-    return row_bytes(tile_rows + tokens);
+// Shared memory of a block: the weight of all stages, x of x_stages, Tail.
+constexpr __host__ __device__ int panel_bytes(int rows) {
+    return rows * kPanelColumns * 2;
 }
 
 // What the blocks of a cluster send the one that finishes a unit of rows: fragments of eight floats a lane, [source]

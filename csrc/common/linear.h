@@ -4,10 +4,10 @@
 
 namespace common {
 
-enum class Form : int { kNormLinear = 0, kLinearAdd = 1, kNormSwiGlu = 2 };
+enum class Form : int { kNormLinear = 0, kLinearAdd = 1, kNormSwiGlu = 2, kLinear = 3 };
 
 constexpr bool has_norm(Form form) {
-    return form != Form::kLinearAdd;
+    return form == Form::kNormLinear || form == Form::kNormSwiGlu;
 }
 
 // Sums of squares of tokens, [count, num_tokens], over parts of their columns: of x where a norm comes before the

@@ -12,18 +12,27 @@ from llama3.device import is_hopper
 from llama3.errors import UserError
 from llama3.ops.tensor_error import wrong_tensor
 
-NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU = range(3)  # the numbers of common::Form
-FORMS = {"norm_linear": NORM_LINEAR, "linear_add": LINEAR_ADD, "norm_swiglu": NORM_SWIGLU}
+NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU, LINEAR = range(4)  # the numbers of common::Form
+FORMS = {"norm_linear": NORM_LINEAR, "linear_add": LINEAR_ADD, "norm_swiglu": NORM_SWIGLU, "linear": LINEAR}
 ROWS_MULTIPLE, SIZE_MULTIPLE = 16, 64
 # GPUs of more memory, an H200 and not an H100, have faster memory as well: other kernels are then the fastest.
 FAST_MEMORY_BYTES = 100 << 30
-HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, and run in cuBLASLt
+HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's
 
 
 def takes(num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels can run x [T, size] times weight [num_rows, size] here, and it is not the head's product."""
+    return runs(num_rows, size, dtype, device) and not is_head(num_rows, size)
+
+
+def runs(num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels can run x [T, size] times weight [num_rows, size] here."""
     suits = num_rows % ROWS_MULTIPLE == 0 and size % SIZE_MULTIPLE == 0 and dtype == torch.bfloat16
-    return suits and num_rows * size < HEAD_ELEMENTS and is_hopper(device)
+    return suits and is_hopper(device)
+
+
+def is_head(num_rows: int, size: int) -> bool:
+    return num_rows * size >= HEAD_ELEMENTS
 
 
 def arguments(
