@@ -1,4 +1,4 @@
-"""Which plans of `batch_linear` are best for the products of a layer, on the GPU at hand.
+"""Which plans are best for the products of a layer in a decode step, on the GPU at hand.
 
     python -m benchmarks.product_plans --shape 8b --tokens 64 --seconds 60 --json results/product_plans/8b-64.json
     python -m benchmarks.product_plans --table
@@ -6,7 +6,7 @@
 The whole decode step is timed, because products follow one another closely: what one leaves of a multiprocessor is what
 the next may have before its turn. From the plans in use, one product's is changed at random at a time; what is faster
 stays, if it was each time that the two were compared. --table writes what was found, of all results in the tree, where
-`llama3/ops/batch_plans.py` reads it.
+`llama3/ops/plan_table.py` reads it.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -26,56 +27,66 @@ from benchmarks.graph_timing import capture, median_microseconds, replay_seconds
 from benchmarks.json_file import write_json
 from benchmarks.layer import product_shapes
 from llama3.errors import UserError
-from llama3.ops import batch_linear, linear, one_kernel
-from llama3.ops.batch_plans import MAX_STAGES, SPLITS, TABLE, UNIT_ROWS, Plan, max_tile_rows, min_tile_rows, padded
+from llama3.ops import batch_linear, batch_plans, linear, one_kernel, skinny_linear, skinny_plans
 from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
+from llama3.ops.plan_table import TABLE
 from llama3.shapes import shape_config
+
+Plans = dict[str, Any]  # a Plan by product, all of one family
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "product_plans"
 FORMS = {"qkv": NORM_LINEAR, "o": LINEAR_ADD, "gate-up": NORM_SWIGLU, "down": LINEAR_ADD}
 NAMES = {number: name for name, number in one_kernel.FORMS.items()}
+ROWS_MULTIPLE = one_kernel.ROWS_MULTIPLE
+MOST = batch_plans.MAX_STAGES
 CHOICES: dict[str, tuple[int, ...]] = {
     "shared_bytes": tuple(k << 10 for k in (60, 74, 82, 90, 98, 106, 112, 124, 140, 150, 170, 200)),
     "trigger": (0, 1, 2, 3, 4, 6, 8, 12, 16, 24),
-    "ahead": (0, 1, 2, 3, 4, 5, 6, 8, 10, MAX_STAGES),
-    "x_stages": (2, 3, 4, 5, 6, 8, MAX_STAGES),
+    "ahead": (0, 1, 2, 3, 4, 5, 6, 8, 10, MOST),
+    "x_stages": (2, 3, 4, 5, 6, 8, MOST),
 }
 NEW_CUT = 0.25  # of the changes are another split and height, and the rest of one or two other fields or the height
 BLOCKS_A_MULTIPROCESSOR = (0.5, 3.0)
 FEW, PROMISING, PAIRS, COMPARED = 3, 0.9985, 3, 7
 REPLAYS = 25
 
-Plans = dict[str, Plan]
-
 
 class Move(NamedTuple):
     """A change that is kept: the step's times with it and without."""
 
     product: str
-    plan: Plan
+    plan: Any  # of one family or the other
     us: float
     before_us: float
 
 
-def change(plan: Plan, form: int, num_tokens: int, num_rows: int, num_sms: int, draw: random.Random) -> Plan:
+def family_for(num_tokens: int) -> tuple[ModuleType, ModuleType]:
+    """The kernels that run a step of so many tokens where memory is fast, and what plans them."""
+    few = num_tokens <= skinny_linear.ALWAYS_TOKENS
+    return (skinny_linear, skinny_plans) if few else (batch_linear, batch_plans)
+
+
+def change(plan: Any, form: int, num_tokens: int, num_rows: int, num_sms: int, draw: random.Random) -> Any:
     """Another plan near this one, that gives a multiprocessor neither much too little nor much too much."""
-    heights = range(min_tile_rows(num_tokens), max_tile_rows(form, num_tokens) + 1, UNIT_ROWS)
+    plans = family_for(num_tokens)[1]
+    heights = range(plans.min_tile_rows(num_tokens), plans.max_tile_rows(form, num_tokens) + 1, ROWS_MULTIPLE)
+    choices = {field: values for field, values in CHOICES.items() if field in plan._fields} | {"tile_rows": heights}
     while True:
         if draw.random() < NEW_CUT:
-            other = plan._replace(splits=draw.choice(SPLITS), tile_rows=draw.choice(heights))
+            other = plan._replace(splits=draw.choice(plans.SPLITS), tile_rows=draw.choice(heights))
         else:
             other = plan
-            for field in draw.sample([*CHOICES, "tile_rows"], draw.choice((1, 1, 2, 3))):
-                other = other._replace(**{field: draw.choice(CHOICES.get(field) or heights)})
+            for field in draw.sample(sorted(choices), draw.choice((1, 1, 2, 3))):
+                other = other._replace(**{field: draw.choice(choices[field])})
         blocks = -(-num_rows // other.tile_rows) * other.splits
         least, most = (share * num_sms for share in BLOCKS_A_MULTIPROCESSOR)
-        if other != plan and least <= blocks <= most and other.splits * UNIT_ROWS <= other.tile_rows:
+        if other != plan and least <= blocks <= most and other.splits * ROWS_MULTIPLE <= other.tile_rows:
             return other
 
 
 def improve(
     plans: Plans,
-    propose: Callable[[Plans], tuple[str, Plan]],
+    propose: Callable[[Plans], tuple[str, Any]],
     measure: Callable[[Plans, int], float | None],
     has_time: Callable[[], bool],
 ) -> Iterator[Move]:
@@ -84,7 +95,7 @@ def improve(
     measure: the step's time under these plans as a median of so many replays; None where one of them cannot run.
     """
     now = measure(plans, COMPARED)
-    tried: set[tuple[tuple[str, Plan], ...]] = set()
+    tried: set[tuple[tuple[str, Any], ...]] = set()
     while has_time():
         name, plan = propose(plans)
         others = plans | {name: plan}
@@ -105,17 +116,19 @@ def improve(
 
 def run(shape: str, num_tokens: int, context: int, others: list[int], seconds: float, seed: int) -> dict[str, Any]:
     step = Step(shape)
-    decode, own, num_sms = step.decode(num_tokens, context), batch_linear.choose_plan, one_kernel.num_sms
+    family = family_for(num_tokens)[0]
+    decode, own = step.decode(num_tokens, context), family.choose_plan
     products = {name: (FORMS[name], *size) for name, size in product_shapes(step.config).items()}
-    gpu = num_sms(step.weights.embed.device), one_kernel.has_fast_memory(step.weights.embed.device)
+    device = step.weights.embed.device
+    gpu = one_kernel.num_sms(device), one_kernel.has_fast_memory(device)
 
     def patched(plans: Plans) -> Any:
         chosen = {products[name]: plan for name, plan in plans.items()}
 
-        def choose(form: int, num_tokens: int, num_rows: int, size: int, *gpu: Any) -> Plan:
+        def choose(form: int, num_tokens: int, num_rows: int, size: int, *gpu: Any) -> Any:
             return chosen.get((form, num_rows, size)) or own(form, num_tokens, num_rows, size, *gpu)
 
-        return mock.patch.object(batch_linear, "choose_plan", choose)
+        return mock.patch.object(family, "choose_plan", choose)
 
     def measure(plans: Plans, repeats: int) -> float | None:
         with patched(plans):
@@ -126,12 +139,12 @@ def run(shape: str, num_tokens: int, context: int, others: list[int], seconds: f
 
     draw = random.Random(seed)
 
-    def propose(plans: Plans) -> tuple[str, Plan]:
+    def propose(plans: Plans) -> tuple[str, Any]:
         name = draw.choice(list(plans))
         return name, change(plans[name], FORMS[name], num_tokens, products[name][1], gpu[0], draw)
 
     everywhere = mock.patch.object(batch_linear, "FAST_MEMORY_TOKENS", batch_linear.MAX_TOKENS)
-    with everywhere, mock.patch.object(linear, "ONE_KERNEL", (batch_linear,)):
+    with everywhere, mock.patch.object(linear, "ONE_KERNEL", (family,)):
         first = {name: own(form, num_tokens, *size, *gpu) for name, (form, *size) in products.items()}
         plans, moves, end = first, [], time.monotonic() + seconds
         for move in improve(first, propose, measure, lambda: time.monotonic() < end):
@@ -162,13 +175,13 @@ def compare(
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What `batch_plans.table` reads, from results by name; of equal products the last one's plan."""
+    """What `plan_table` reads, from results by name; of equal products the last one's plan."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for _, result in sorted(results.items()):
-        config, tokens = shape_config(result["shape"]), padded(result["tokens"])
+        config, plans = shape_config(result["shape"]), family_for(result["tokens"])[1]
         for product, (num_rows, size) in product_shapes(config).items():
-            key = NAMES[FORMS[product]], tokens, num_rows, size
-            names = dict(zip(("form", "tokens", "num_rows", "size"), key, strict=True))
+            key = plans.FAMILY, NAMES[FORMS[product]], plans.padded(result["tokens"]), num_rows, size
+            names = dict(zip(("family", "form", "tokens", "num_rows", "size"), key, strict=True))
             found[key] = names | {"plan": result["plans"][product]}
     return [found[key] for key in sorted(found)]
 

@@ -10,22 +10,23 @@ from hypothesis import strategies as st
 
 from benchmarks import product_plans
 from benchmarks.product_plans import change, improve, read_results, table, written
-from llama3.ops import batch_plans
+from llama3.ops import plan_table
 from llama3.ops.batch_plans import Plan
 from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 
 
 @given(
     form=st.sampled_from((NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU)),
-    num_tokens=st.sampled_from((20, 48, 64, 100)),
+    num_tokens=st.sampled_from((3, 16, 20, 48, 64, 100)),
     num_rows=st.sampled_from((2048, 6144, 28672)),
     seed=st.integers(0, 1000),
 )
 def test_changes_are_plans_that_fill_the_gpu(form: int, num_tokens: int, num_rows: int, seed: int) -> None:
-    draw, plan = random.Random(seed), batch_plans.choose_plan(form, num_tokens, num_rows, 2048, 132, True)
+    draw, plans = random.Random(seed), product_plans.family_for(num_tokens)[1]
+    plan = plans.choose_plan(form, num_tokens, num_rows, 2048, 132, True)
     for _ in range(20):
         other = change(plan, form, num_tokens, num_rows, 132, draw)
-        lowest, tallest = batch_plans.min_tile_rows(num_tokens), batch_plans.max_tile_rows(form, num_tokens)
+        lowest, tallest = plans.min_tile_rows(num_tokens), plans.max_tile_rows(form, num_tokens)
         assert other != plan and lowest <= other.tile_rows <= tallest and other.tile_rows % 16 == 0
         assert 66 <= -(-num_rows // other.tile_rows) * other.splits <= 396
         plan = other
@@ -74,8 +75,8 @@ def test_nothing_is_measured_twice() -> None:
 
 def test_the_table_is_what_the_results_say() -> None:
     results = read_results()
-    assert written(table(results)) == batch_plans.TABLE.read_text()
-    assert len(batch_plans.table()) == len(json.loads(batch_plans.TABLE.read_text())) == 4 * len(results)
+    assert written(table(results)) == plan_table.TABLE.read_text()
+    assert len(plan_table.plans()) == len(json.loads(plan_table.TABLE.read_text())) == 4 * len(results)
 
 
 @pytest.mark.parametrize("name", sorted(read_results()))

@@ -1,17 +1,20 @@
 """What can be known of the products for few tokens without a GPU: what they refuse, and how they are cut."""
 
+import contextlib
+
 import pytest
 import torch
 
 from llama3.errors import UserError
-from llama3.ops import one_kernel, skinny_linear
+from llama3.ops import one_kernel, plan_table, skinny_linear, skinny_plans
 from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
-from llama3.ops.skinny_linear import Tiling, choose_tiling, min_tile_rows
+from llama3.ops.skinny_plans import Plan, choose_plan, min_tile_rows
 from llama3.shapes import shape_config
 
 BF16 = torch.bfloat16
 GOOD = {"x": 4096, "weight": 4096, "residual": 0, "out": 4096, "num_tokens": 16, "num_rows": 64}
 GOOD |= {"size": 128, "eps": 1e-5, "form": NORM_LINEAR, "tile_rows": 64, "splits": 1, "overlap": False, "stream": 0}
+GOOD |= {"shared_bytes": 106 << 10, "trigger": 4, "ahead": 16}
 
 
 @pytest.mark.nvcc
@@ -29,6 +32,11 @@ GOOD |= {"size": 128, "eps": 1e-5, "form": NORM_LINEAR, "tile_rows": 64, "splits
         ({"splits": 0}, "splits is 0"),
         ({"splits": 3}, "splits is 3; supported here: 1 to 1"),
         ({"splits": 9, "size": 8192}, "splits is 9; supported here: 1 to 8"),
+        ({"ahead": -1}, "ahead is -1; expected 0 or more stages"),
+        (
+            {"shared_bytes": 20 << 10, "splits": 2, "size": 256},
+            "a block needs [0-9]+ bytes of shared memory, and may have 20480",
+        ),
         ({"residual": 4096}, "a residual belongs to linear_add"),
         ({"form": LINEAR_ADD}, "a residual belongs to linear_add"),
         ({"x": 4098}, "x must be 16-byte aligned"),
@@ -78,20 +86,34 @@ def test_what_others_do_better(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_llama_1b_fills_the_machine_once() -> None:
-    """The tilings that were the best of those measured on 132 multiprocessors."""
-    shapes = {"qkv": (3072, 2048), "o": (2048, 2048), "gate-up": (16384, 2048), "down": (2048, 8192)}
-    chosen = {name: choose_tiling(16, *shape, num_sms=132) for name, shape in shapes.items()}
+    """The plans that were the best of those measured on 132 multiprocessors, by the rule."""
+    shapes = {"qkv": (NORM_LINEAR, 3072, 2048), "o": (LINEAR_ADD, 2048, 2048)}
+    shapes |= {"gate-up": (NORM_SWIGLU, 16384, 2048), "down": (LINEAR_ADD, 2048, 8192)}
+    chosen = {name: choose_plan(form, 16, *shape, num_sms=132)[:2] for name, (form, *shape) in shapes.items()}
     assert chosen == {"qkv": (48, 2), "o": (64, 4), "gate-up": (128, 1), "down": (64, 4)}
 
 
-@pytest.mark.parametrize("num_tokens", (1, 16, 17, 32))
+def test_plans_that_were_found_run_where_they_were_found() -> None:
+    for (family, (form, tokens, *shape)), fields in plan_table.plans().items():
+        if family == skinny_plans.FAMILY:
+            assert choose_plan(form, tokens, *shape, 132, True) == Plan(**fields)
+            assert choose_plan(form, tokens - 3, *shape, 132, True) == Plan(**fields)  # in the same kernel
+
+
+@pytest.mark.nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would launch with addresses that are not memory")
+@pytest.mark.parametrize("fast_memory", (False, True))
+@pytest.mark.parametrize("num_tokens", (1, 8, 16, 17, 32))
 @pytest.mark.parametrize("shape", ("1b", "3b", "8b", "tiny"))
-def test_tilings_are_what_the_kernel_takes(shape: str, num_tokens: int) -> None:
+def test_plans_are_what_the_kernel_takes(shape: str, num_tokens: int, fast_memory: bool) -> None:
     c = shape_config(shape)
-    products = [(c.qkv_size, c.hidden_size), (c.hidden_size, c.q_size), (2 * c.intermediate_size, c.hidden_size)]
-    products += [(c.hidden_size, c.intermediate_size), (c.vocab_size, c.hidden_size), (16, 64)]
-    for num_rows, size in products:
-        tiling = choose_tiling(num_tokens, num_rows, size, num_sms=132)
-        assert isinstance(tiling, Tiling)
-        assert tiling.tile_rows % 16 == 0 and min_tile_rows(num_tokens) <= tiling.tile_rows <= 128
-        assert 1 <= tiling.splits <= 8 and tiling.splits <= -(-size // 256)
+    products = [(NORM_LINEAR, c.qkv_size, c.hidden_size), (LINEAR_ADD, c.hidden_size, c.q_size)]
+    products += [(NORM_SWIGLU, 2 * c.intermediate_size, c.hidden_size)]
+    products += [(LINEAR_ADD, c.hidden_size, c.intermediate_size), (NORM_LINEAR, c.vocab_size, c.hidden_size)]
+    for form, num_rows, size in (*products, (NORM_LINEAR, 16, 64)):
+        plan = choose_plan(form, num_tokens, num_rows, size, 132, fast_memory)
+        assert plan.tile_rows % 16 == 0 and min_tile_rows(num_tokens) <= plan.tile_rows <= 128
+        given = {"num_tokens": num_tokens, "num_rows": num_rows, "size": size, "form": form} | plan._asdict()
+        given |= {"residual": 4096} if form == LINEAR_ADD else {}
+        with contextlib.suppress(RuntimeError):  # the checks are passed, and there is no GPU
+            skinny_linear.library().product(**(GOOD | given))

@@ -3,7 +3,7 @@
 import pytest
 
 from llama3.ops import skinny_linear
-from llama3.ops.skinny_linear import Tiling
+from llama3.ops.skinny_plans import Plan, min_tile_rows
 from tests.one_kernel_helpers import (
     SHAPES,
     UNEVEN,
@@ -17,21 +17,33 @@ from tests.one_kernel_helpers import (
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper", "poisoned_allocations")]
 COUNTS = (1, 2, 7, 8, 9, 16, 17, 31, 32)
-TILINGS = (Tiling(16, 1), Tiling(32, 2), Tiling(48, 3), Tiling(64, 1), Tiling(80, 4), Tiling(112, 2), Tiling(128, 8))
+PLANS = (Plan(16, 1), Plan(32, 2), Plan(48, 3), Plan(64, 1), Plan(80, 4), Plan(112, 2), Plan(128, 8))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_tokens", COUNTS)
-def test_chosen_tilings(num_tokens: int, shape: tuple[int, int]) -> None:
+def test_chosen_plans(num_tokens: int, shape: tuple[int, int]) -> None:
     check_all(skinny_linear, num_tokens, *shape, {})
 
 
-@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("num_tokens", COUNTS)
-def test_every_tiling(num_tokens: int, tiling: Tiling) -> None:
-    if tiling.tile_rows < skinny_linear.min_tile_rows(num_tokens):
+def test_every_plan(num_tokens: int, plan: Plan) -> None:
+    if plan.tile_rows < min_tile_rows(num_tokens):
         pytest.skip("not for so many tokens")
-    check_all(skinny_linear, num_tokens, *UNEVEN, {"tiling": tiling})
+    check_all(skinny_linear, num_tokens, *UNEVEN, {"plan": plan})
+
+
+@pytest.mark.parametrize("trigger", (0, 20))
+@pytest.mark.parametrize("ahead", (0, 1, 3, 16))
+@pytest.mark.parametrize("plan", (Plan(64, 1, 60 << 10), Plan(64, 4, 200 << 10), Plan(128, 1)), ids=str)
+def test_every_part_of_the_ring_asked_for_early(plan: Plan, ahead: int, trigger: int) -> None:
+    check_all(skinny_linear, 13, *UNEVEN, {"plan": plan._replace(ahead=ahead, trigger=trigger)})
+
+
+@pytest.mark.parametrize("ahead", (2, 16))
+def test_several_tiles_a_block(ahead: int) -> None:
+    check_all(skinny_linear, 13, 32 * 300, 704, {"plan": Plan(32, 1, ahead=ahead)})
 
 
 @pytest.mark.parametrize("num_tokens", (1, 16, 32))

@@ -17,11 +17,12 @@ PYBIND11_MODULE(skinny_linear, module) {
     module.def(
         "product",
         [](uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out, int num_tokens, int num_rows, int size,
-           float eps, int form, int tile_rows, int splits, bool overlap, uintptr_t stream) {
+           float eps, int form, int tile_rows, int splits, int shared_bytes, int trigger, int ahead, bool overlap,
+           uintptr_t stream) {
             launch({pointer(x), pointer(weight), pointer(residual), pointer(out), num_tokens, num_rows, size, eps,
                     static_cast<Form>(form)},
-                   {tile_rows, splits}, overlap, stream_at(stream));
+                   {tile_rows, splits, shared_bytes, trigger, ahead}, overlap, stream_at(stream));
         },
         "x"_a, "weight"_a, "residual"_a, "out"_a, "num_tokens"_a, "num_rows"_a, "size"_a, "eps"_a, "form"_a,
-        "tile_rows"_a, "splits"_a, "overlap"_a, "stream"_a);
+        "tile_rows"_a, "splits"_a, "shared_bytes"_a, "trigger"_a, "ahead"_a, "overlap"_a, "stream"_a);
 }

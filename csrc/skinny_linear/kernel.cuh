@@ -1,9 +1,9 @@
 // y = x weight^T for up to 32 tokens, at the speed at which weights arrive from memory (sm_90, bf16).
 //
 // A cluster of `splits` blocks makes tiles of `tile_rows` rows of weight, each block over its part of the inner
-// dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for as much
-// weight as the ring holds before the previous kernel has ended, because weights are constants: with half of an SM's
-// shared memory each, this kernel's ring fills while the previous kernel's blocks still work. Eight warps multiply.
+// dimension. One thread of a block streams boxes of weight and of x into a ring in shared memory, and asks for
+// weight before the previous kernel has ended, because weights are constants: with half of an SM's shared memory each,
+// this kernel's ring fills while the previous kernel's blocks still work. Eight warps multiply.
 // The weight of a norm before the product is part of `weight`; its scale, one number a token, waits for the epilogue.
 //
 // weight [num_rows, size], x [num_tokens, size], out [num_tokens, num_rows] (see Params); all contiguous bf16. weight
@@ -56,7 +56,7 @@ struct Producer {
     }
 
     __device__ __forceinline__ int begin() {
-        const int ahead = min(p.stages, remaining);
+        const int ahead = min(p.ahead, remaining);
 #pragma unroll 1
         for (int stage = 0; stage < ahead; ++stage, advance()) copy_weight(stage);
         return ahead;
@@ -65,10 +65,13 @@ struct Producer {
     // would only delay each other, and not after, because memory would rest.
     __device__ __forceinline__ void run(int ahead) {
         common::wait_for_previous_kernel();
-        if (remaining <= kTriggerStages) common::allow_next_kernel();
+        const int first = min(p.stages, ahead + remaining);
+        if (ahead + remaining - first <= p.trigger) common::allow_next_kernel();
 #pragma unroll 1
-        for (int stage = 0, of_tile = 0; stage < ahead; ++stage, of_tile = of_tile + 1 < b.steps ? of_tile + 1 : 0)
+        for (int stage = 0, of_tile = 0; stage < first; ++stage, of_tile = of_tile + 1 < b.steps ? of_tile + 1 : 0) {
+            if (stage >= ahead) copy_weight(stage), advance();
             copy_x(stage, of_tile);
+        }
         Cursor cursor;
 #pragma unroll 1
         for (; remaining > 0; cursor.advance(p.stages)) {
@@ -76,7 +79,7 @@ struct Producer {
             copy_weight(cursor.stage);
             copy_x(cursor.stage, step);
             advance();
-            if (remaining == kTriggerStages) common::allow_next_kernel();
+            if (remaining == p.trigger) common::allow_next_kernel();
         }
     }
 };

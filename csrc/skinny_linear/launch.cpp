@@ -97,13 +97,7 @@ cudaLaunchAttribute cluster_attribute(int blocks) {
     return attribute;
 }
 
-// Two neighbours in the chain of kernels fit on an SM together, and where one of them is a linear_add, it fits only
-// once: a kernel's blocks should spread over all SMs, and these start when SMs are empty, behind attention.
-int shared_bytes(Form form) {
-    return (form == Form::kLinearAdd ? 119 : 106) * 1024;
-}
-
-void check(const Problem& q, const Tiling& t) {
+void check(const Problem& q, const Plan& t) {
     require(q.num_tokens >= 1 && q.num_tokens <= kMaxTokens,
             "num_tokens is " + std::to_string(q.num_tokens) + "; supported: 1 to " + std::to_string(kMaxTokens));
     require(q.size >= kBox && q.size % kBox == 0,
@@ -119,6 +113,7 @@ void check(const Problem& q, const Tiling& t) {
     require(t.splits >= 1 && t.splits <= std::min(kMaxSplits, steps), "splits is " + std::to_string(t.splits) +
                                                                           "; supported here: 1 to " +
                                                                           std::to_string(std::min(kMaxSplits, steps)));
+    require(t.ahead >= 0, "ahead is " + std::to_string(t.ahead) + "; expected 0 or more stages");
     require((q.form == Form::kLinearAdd) == (q.residual != nullptr),
             "a residual belongs to linear_add, and to no other");
     require_aligned(q.x, "x"), require_aligned(q.weight, "weight"), require_aligned(q.out, "out");
@@ -127,7 +122,7 @@ void check(const Problem& q, const Tiling& t) {
 
 }  // namespace
 
-void launch(const Problem& q, const Tiling& t, bool overlap, cudaStream_t stream) {
+void launch(const Problem& q, const Plan& t, bool overlap, cudaStream_t stream) {
     check(q, t);
     const int tokens = padded(q.num_tokens);
     const Shape shape = Shape::of(t.tile_rows, tokens);
@@ -142,12 +137,13 @@ void launch(const Problem& q, const Tiling& t, bool overlap, cudaStream_t stream
     // A cluster that adds up partial sums has one tile; if not all run at once, the rest follow.
     const int clusters = t.splits > 1 || p.tiles <= 2 * common::multiprocessors() ? p.tiles : common::multiprocessors();
     const bool one_tile = clusters == p.tiles;
-    const int limit = shared_bytes(q.form);
     p.stages = std::min(kMaxStages, divide_up(p.steps, t.splits) * divide_up(p.tiles, clusters));
-    while (p.stages > 1 && lay_out(p, shape, tokens, q.form, one_tile).bytes > limit) --p.stages;
+    while (p.stages > 1 && lay_out(p, shape, tokens, q.form, one_tile).bytes > t.shared_bytes) --p.stages;
     p.layout = lay_out(p, shape, tokens, q.form, one_tile);
-    require(p.layout.bytes <= limit, "a block needs " + std::to_string(p.layout.bytes) +
-                                         " bytes of shared memory, and may have " + std::to_string(limit));
+    require(p.layout.bytes <= t.shared_bytes, "a block needs " + std::to_string(p.layout.bytes) +
+                                                  " bytes of shared memory, and may have " +
+                                                  std::to_string(t.shared_bytes));
+    p.trigger = t.trigger, p.ahead = std::min(t.ahead, p.stages);
 
     const void* kernel = select_kernel(tokens, shape.grid, q.form);
     common::allow_shared_memory(kernel, common::shared_memory_limit(), true);

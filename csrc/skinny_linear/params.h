@@ -11,7 +11,6 @@ constexpr int kMaxTileRows = 128;
 constexpr int kMaxSplits = 8;  // blocks of a cluster, the portable limit
 constexpr int kBox = 64;       // columns of a copied box: 128 bytes, the swizzle's width
 constexpr int kMaxStages = 16;
-constexpr int kTriggerStages = 4;  // the next kernel may start when this many are left to ask for
 constexpr int kConsumerWarps = 8;
 constexpr int kConsumers = kConsumerWarps * 32;
 constexpr int kThreads = kConsumers + 32;  // and the warp that copies
@@ -47,6 +46,8 @@ struct Params {
     float eps;
     int tile_rows, tiles, splits, stages, steps;  // steps: stages' worth of columns, over all splits
     int own_units, unit_bits;                     // see Item; 1 << unit_bits is at least own_units
+    int ahead;    // stages of weight that are asked for before the previous kernel has ended
+    int trigger;  // the next kernel may start when this many stages are left to ask for
     SharedLayout layout;
 };
 

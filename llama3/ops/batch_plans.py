@@ -1,14 +1,13 @@
 """How a product of csrc/batch_linear/ is cut for the GPU: the plan that was found fastest, or else a rule."""
 
 import functools
-import json
-from pathlib import Path
 from typing import NamedTuple
 
-from llama3.ops.one_kernel import FORMS, LINEAR, LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
+from llama3.ops import plan_table
+from llama3.ops.one_kernel import LINEAR, LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 from llama3.ops.skinny_linear import NARROW
 
-TABLE = Path(__file__).with_name("batch_plans.json")  # made by benchmarks/product_plans.py
+FAMILY = "batch_linear"
 TOKEN_COUNTS = (32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
 TOKENS_AS_ROWS = 64  # of those counts: the one whose kernels take tokens as the tensor cores' rows, so tiles may be low
 MAX_TALL_TOKENS = 64  # with more, SwiGLU's tiles have 128 rows at most
@@ -52,14 +51,14 @@ HEAD = Plan(1, 150 << 10, 4, MAX_TILE_ROWS, AHEAD, 3)  # every block makes many 
 
 @functools.cache
 def choose_plan(form: int, num_tokens: int, num_rows: int, size: int, num_sms: int, fast_memory: bool = False) -> Plan:
-    """On an H200 the plan of TABLE, if it has one. Else, on GPUs of fast memory and for long rows, tiles as tall as it
+    """The plan of the table, if it has one. Else, on GPUs of fast memory and for long rows, tiles as tall as it
     takes to have one for every multiprocessor; else the split whose busiest multiprocessor has the fewest bytes to
     read, of weights, x, and other blocks' sums."""
     tokens, steps = padded(num_tokens), size // STAGE_COLUMNS
     if form == LINEAR:
         return HEAD._replace(tile_rows=max_tile_rows(form, tokens))
-    if fast_memory and num_sms == CLUSTERS_AT_ONCE[1] and (found := table().get((form, tokens, num_rows, size))):
-        return found
+    if found := plan_table.look_up(FAMILY, (form, tokens, num_rows, size), num_sms, fast_memory):
+        return Plan(**found)
     possible = [splits for splits in SPLITS if splits == 1 or splits * MIN_STEPS <= steps]
     if fast_memory and tokens <= MAX_TALL_TOKENS and min(num_rows, size) > NARROW:
         return _one_round(form, tokens, num_rows, possible)
@@ -112,12 +111,3 @@ def padded(num_tokens: int) -> int:
 def sent_bytes(tokens: int, splits: int) -> int:
     """What the blocks of a cluster send the one that finishes most of their tile."""
     return splits * -(-TILE_ROWS // UNIT_ROWS // splits) * UNIT_ROWS * tokens * 4
-
-
-@functools.cache
-def table() -> dict[tuple[int, int, int, int], Plan]:
-    """The fastest plans that were found on an H200, by form, token count of the kernel, rows and size of the weight."""
-    return {
-        (FORMS[found["form"]], found["tokens"], found["num_rows"], found["size"]): Plan(**found["plan"])
-        for found in json.loads(TABLE.read_text())
-    }
