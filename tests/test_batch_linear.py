@@ -11,6 +11,7 @@ from llama3.ops.batch_plans import SPLITS, choose_plan
 from llama3.ops.cublaslt import ALIGNMENT
 from llama3.ops.one_kernel import LINEAR, LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 from llama3.shapes import shape_config
+from tests.disassembly import instructions
 
 BF16 = torch.bfloat16
 GOOD = {"x": 4096, "weight": 4096, "residual": 0, "out": 4096, "num_tokens": 64, "num_rows": 64}
@@ -66,6 +67,17 @@ ADDING = {"form": LINEAR_ADD, "residual": 4096}
 def test_the_kernel_refuses(wrong: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         batch_linear.library().product(**(GOOD | wrong))
+
+
+@pytest.mark.nvcc
+def test_the_loop_has_its_addresses_in_uniform_registers() -> None:
+    """Where `wgmma` takes them from: others have to be moved there (R2UR) before it starts, stage after stage."""
+    kernels = instructions(batch_linear.library().__file__, "batch_linear_kernel")
+    assert len(kernels) > 20
+    for name, found in kernels.items():
+        first = next(i for i, line in enumerate(found) if "HGMMA" in line)
+        waited = max(i for i, line in enumerate(found[:first]) if "TRYWAIT" in line)
+        assert not [line for line in found[waited:first] if "R2UR" in line], name
 
 
 @pytest.mark.parametrize(

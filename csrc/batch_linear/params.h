@@ -96,15 +96,19 @@ constexpr __host__ __device__ int owner_of(int unit, int units, int splits) {
     return ((unit + 1) * splits - 1) / units;
 }
 
+// What the loop reads must not lie in pairs of eight bytes: those are loaded into ordinary registers, and the addresses
+// that `wgmma` takes from uniform ones would have to be moved there (tests/test_batch_linear.py).
 struct Params {
     const void* residual;  // [num_tokens, num_rows] or null
     void* out;             // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]
     Squares squares;       // linear_add's have a sum for each unit of its rows
     int num_tokens, num_rows, size;
     float eps;
-    int tile_rows, units;       // weight rows of a tile, and units of them
-    int splits, steps;          // steps: a stage's columns each, over all splits
-    int stages, x_stages;       // of the ring; x, which is nearer than memory, has no more than weight
+    int tile_rows, units;  // weight rows of a tile, and units of them
+    int splits;
+    int stages;                 // of the ring
+    int x_stages;               // of x, which is nearer than memory: no more than of weight
+    int steps;                  // a stage's columns each, over all splits
     int weight_bytes;           // of a stage
     int ahead;                  // stages of weight that are asked for before the previous kernel has ended
     int trigger;                // the next kernel may start when this many stages are left to ask for
