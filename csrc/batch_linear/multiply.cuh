@@ -14,7 +14,8 @@ using common::operand, common::wgmma, common::wgmma_fence;
 // Weights are rows, 64 for each warpgroup in turn: a warp has a unit of every 128 rows, and all parts.
 template <int kTokens, int kRows>
 struct WeightRows {
-    static constexpr int kGroups = 2, kUnits = kRows / kShortRows;
+    static constexpr int kGroups = kRows < kShortRows ? 1 : 2, kUnits = kRows < kShortRows ? 1 : kRows / kShortRows;
+    static constexpr int kPanels = stage_panels(kTokens, kRows);
     float d[kUnits][kTokens / 2];
     const int warp = common::uniform_warp();
     bool has_rows[kUnits];
@@ -29,16 +30,18 @@ struct WeightRows {
 
     // Rows beyond the tile's are whatever lies there; what comes of them is not used.
     __device__ __forceinline__ void multiply(const Params& p, uint32_t weight, uint32_t x, int step) {
-        static_assert(stage_panels(kTokens, kRows) == 1);
-        const uint64_t columns = operand(x);
 #pragma unroll
         for (int i = 0; i < kUnits; ++i) {
             if (!has_rows[i]) continue;
-            const uint64_t rows = operand(weight + panel_bytes(first_row(i)));
             wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < kPanelColumns / 16; ++k)  // 32 bytes further along the rows
-                wgmma<__nv_bfloat16, kTokens>(d[i], rows + 2 * k, columns + 2 * k, step + k);
+            for (int panel = 0; panel < kPanels; ++panel) {
+                const uint64_t columns = operand(x + panel * panel_bytes(kTokens));
+                const uint64_t rows = operand(weight + panel * panel_bytes(p.tile_rows) + panel_bytes(first_row(i)));
+#pragma unroll
+                for (int k = 0; k < kPanelColumns / 16; ++k)  // 32 bytes further along the rows
+                    wgmma<__nv_bfloat16, kTokens>(d[i], rows + 2 * k, columns + 2 * k, step + panel + k);
+            }
         }
     }
 

@@ -66,7 +66,7 @@ constexpr int tallest_tile(Form form, int tokens) {
 // Panels of 64 columns that make a stage, in the kernel for tiles of `rows`. Waits and addresses of a stage take as
 // long as the multiplications of a low panel, and longer than it takes to arrive.
 constexpr int stage_panels(int tokens, int rows) {
-    return tokens_are_rows(tokens) && rows <= 64 ? 2 : 1;
+    return tokens <= 64 && rows <= 64 ? 2 : 1;
 }
 
 // Heights of tiles that kernels are compiled for, in ascending order; a tile between two runs in the taller one's.
@@ -77,6 +77,8 @@ constexpr auto tile_heights() {
     } else if constexpr (!tokens_are_rows(kTokens)) {
         if constexpr (may_be_tall(kForm, kTokens))
             return std::array{kShortRows, 2 * kShortRows};
+        else if constexpr (kTokens <= 64)
+            return std::array{64, kShortRows};
         else
             return std::array{kShortRows};
     } else {
