@@ -32,7 +32,7 @@ class Transformer:
         others once their keys and values are cached.
         """
         ops, eps = self.ops, self.config.rms_norm_eps
-        x, squares = ops.embed(token_ids, self.weights.embed), None  # sums of those of x, if somebody has them
+        x, squares = ops.embed(token_ids, self.weights.embed)
         for index, layer in enumerate(self.weights.layers):
             qkv = ops.norm_linear(x, layer.attn_norm, layer.qkv, eps, squares)
             attn = ops.rope_append_attend(qkv, self.rope, cache.layer(index), batch)

@@ -135,9 +135,18 @@ def test_operands_at_odd_addresses(ops) -> None:
     check_contract(ops.linear_add, ReferenceOps().linear_add, x, weight, residual)
 
 
-def test_embed(ops) -> None:
-    table, ids = normal(1000, 256, dtype=torch.bfloat16), torch.tensor([0, 999, 5, 5], device="cuda")
-    assert torch.equal(ops.embed(ids, table), table[ids])
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("hidden_size", (8, 264, 2048, 8192))
+@pytest.mark.parametrize("num_tokens", (1, 17, 128, 4097))
+def test_embed(ops, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
+    table = normal(1000, hidden_size, dtype=dtype)
+    ids = torch.randint(1000, (num_tokens,), device="cuda")
+    ids[0], ids[-1] = 999, 0
+    rows, squares = ops.embed(ids, table)
+    assert torch.equal(rows, table[ids])
+    assert (squares is None) == (num_tokens in (1, 4097))
+    if squares is not None:
+        torch.testing.assert_close(squares.double(), rows.double().square().sum(1)[None], rtol=1e-6, atol=0)
 
 
 # ---- attention

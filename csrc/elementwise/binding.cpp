@@ -22,6 +22,16 @@ PYBIND11_MODULE(elementwise, module) {
     module.doc() = "Elementwise kernels; see llama3/ops/elementwise.py";
     using namespace py::literals;
     module.def(
+        "embed",
+        [](uintptr_t token_ids, uintptr_t table, uintptr_t out, uintptr_t squares, int num_tokens, int hidden_size,
+           int dtype, bool overlap, uintptr_t stream) {
+            embed({pointer<int64_t>(token_ids), pointer(table), pointer(out), pointer<float>(squares), num_tokens,
+                   hidden_size},
+                  how(dtype, overlap, stream));
+        },
+        "token_ids"_a, "table"_a, "out"_a, "squares"_a, "num_tokens"_a, "hidden_size"_a, "dtype"_a, "overlap"_a,
+        "stream"_a);
+    module.def(
         "rms_norm",
         [](uintptr_t x, uintptr_t weight, uintptr_t out, int num_rows, int hidden_size, float eps, int dtype,
            bool overlap, uintptr_t stream, uintptr_t squares) {

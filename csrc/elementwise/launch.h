@@ -17,6 +17,16 @@ struct Launch {
     cudaStream_t stream;
 };
 
+// table [vocab_size, hidden_size] -> out [num_tokens, hidden_size], and the sum of squares of each of its rows, squares
+// [num_tokens], unless null.
+struct Embed {
+    const int64_t* token_ids;  // [num_tokens]
+    const void* table;
+    void* out;
+    float* squares;
+    int num_tokens, hidden_size;
+};
+
 // x, out [num_rows, hidden_size], weight [hidden_size] or null. With squares [num_rows] in place of out, only each
 // row's sum of squares is wanted.
 struct RmsNorm {
@@ -57,6 +67,7 @@ struct GatherCache {
 
 // Each throws std::invalid_argument for what the kernel does not support (before any CUDA call), std::runtime_error if
 // CUDA fails.
+void embed(const Embed& p, const Launch& how);
 void rms_norm(const RmsNorm& p, const Launch& how);
 void silu_mul(const SiluMul& p, const Launch& how);
 void rope_append(const RopeAppend& p, const Launch& how);

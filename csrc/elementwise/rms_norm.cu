@@ -4,25 +4,12 @@
 #include "common/chunk.cuh"
 #include "common/launch.h"
 #include "common/require.h"
+#include "elementwise/block_sum.cuh"
 #include "elementwise/launch.h"
 
 namespace elementwise {
 
-static constexpr int kMaxThreads = 512;
 static constexpr int kMaxHidden = kMaxThreads * 4 * kChunk;
-
-static __device__ __forceinline__ float sum_over_block(float value) {
-    __shared__ float partial[kMaxThreads / 32];
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-    const int warps = blockDim.x / 32;
-    if (warps == 1) return value;
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = 0;
-    for (int i = 0; i < warps; ++i) value += partial[i];  // every thread in the same order: one scale for the row
-    return value;
-}
 
 // x, out [gridDim.x, hidden_size]; weight [hidden_size]. Thread t holds chunks t, t + blockDim.x, ...: at most kChunks.
 template <typename T, int kChunks>

@@ -25,6 +25,19 @@ def library() -> ModuleType:
     return load_custom_kernels.load("elementwise")
 
 
+def embed(token_ids: torch.Tensor, table: torch.Tensor, with_squares: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """token_ids int64 [T], table [V, H] -> [T, H], and if asked for sum_squares of it. Ids must be rows of the table."""
+    num_tokens, hidden_size = token_ids.numel(), table.shape[-1]
+    _check("embed", table, table=(table, (*table.shape[:1], hidden_size)))
+    check_tensors("embed", table.device, torch.int64, token_ids=(token_ids, (num_tokens,)))
+    out = table.new_empty(num_tokens, hidden_size)
+    squares = table.new_empty((1, num_tokens), dtype=torch.float32) if with_squares else None
+    pointers = (t.data_ptr() for t in (token_ids, table, out))
+    sums = 0 if squares is None else squares.data_ptr()
+    library().embed(*pointers, sums, num_tokens, hidden_size, DTYPES[table.dtype], *_launch(table))
+    return out, squares
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """x [T, H], weight [H] or None -> [T, H]; fp32 inside, rounded, then times the weight."""
     if x.dim() != 2:

@@ -25,9 +25,9 @@ class ReferenceOps:
         """The most sequences of one decode step; None if only memory limits them."""
         return None
 
-    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """token_ids [T], table [V, H] -> [T, H]."""
-        return F.embedding(token_ids, table)
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """token_ids [T], table [V, H] -> [T, H], and what norm_linear takes as squares, or None."""
+        return F.embedding(token_ids, table), None
 
     def norm_linear(
         self,
