@@ -26,7 +26,7 @@ def library() -> ModuleType:
 
 
 def embed(token_ids: torch.Tensor, table: torch.Tensor, with_squares: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """token_ids int64 [T], table [V, H] -> [T, H], and if asked for sum_squares of it. Ids must be rows of the table."""
+    """token_ids int64 [T], table [V, H] -> [T, H], and if asked for its sum_squares. Ids must be rows of the table."""
     num_tokens, hidden_size = token_ids.numel(), table.shape[-1]
     _check("embed", table, table=(table, (*table.shape[:1], hidden_size)))
     check_tensors("embed", table.device, torch.int64, token_ids=(token_ids, (num_tokens,)))
