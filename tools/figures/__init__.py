@@ -25,6 +25,7 @@ PROVIDERS = (
     Provider("results/decode_step/*.json", decode_step.sections),
     Provider("results/ops/*.json", ops.sections),
     Provider("results/decode_products/*.json", ops.few_tokens),
+    Provider("results/product_plans/*.json", ops.plans),
     Provider("results/gemm/*.json", ops.many_tokens),
     Provider("results/sampling/*.json", sampling.sections),
     Provider("results/experiments/*.json", experiments.sections),

@@ -33,6 +33,21 @@ def few_tokens(results: Results) -> dict[str, str]:
     return {"ops-few-tokens": "\n\n".join(_steps(record) for record in results.values()) or NOTHING}
 
 
+def plans(results: Results) -> dict[str, str]:
+    """A line a search and context: the step with the plans that it began with, and with those that it found."""
+    lines = [
+        [
+            f"{found['shape'].upper()}{', again' if name.endswith('-again') else ''}",
+            *(str(value) for value in (found["tokens"], row["context_len"])),
+            *(f"{row[key]:.0f}" for key in ("before_us", "us")),
+            f"{row['us'] / row['before_us'] - 1:+.1%}",
+        ]
+        for name, found in sorted(results.items(), key=lambda item: (item[1]["shape"], item[1]["tokens"], item[0]))
+        for row in sorted(found["rows"], key=lambda row: row["context_len"])
+    ]
+    return {"ops-plans": markdown_table(["model", "rows", "context", "before, µs", "found, µs", ""], lines)}
+
+
 def _steps(record: dict[str, Any]) -> str:
     cells = {
         (row["context_len"], row["tokens"], row["shape"]): (
