@@ -36,7 +36,10 @@ ADDING = {"form": LINEAR_ADD, "residual": 4096}
         ({"tile_rows": 144}, "tile_rows is 144; supported here: multiples of 16 from 32 to 128"),
         ({"form": LINEAR, "squares": 0, "count": 0}, "tile_rows is 128; .* from 256 to 256"),
         ({"form": LINEAR, "num_tokens": 65, "tile_rows": 256}, "tile_rows is 256; .* from 128 to 128"),
-        ({"form": LINEAR, "tile_rows": 256, "splits": 2}, "splits is 2; supported here: 1 to 1"),
+        (
+            {"form": LINEAR, "tile_rows": 256, "splits": 2, "squares": 0, "count": 0},
+            "splits is 2; supported here: 1 to 1",
+        ),
         ({"form": LINEAR, "tile_rows": 256}, "there are 8 sums of squares a token; expected 0, of out"),
         ({"x_stages": 0}, "x_stages is 0; expected 1 or more"),
         ({"x_stages": 1, "size": 256}, "a block needs [0-9]+ bytes .* in 2 stages"),
@@ -44,6 +47,7 @@ ADDING = {"form": LINEAR_ADD, "residual": 4096}
         ({"ahead": -1}, "ahead is -1; expected 0 or more stages"),
         ({"splits": 0}, "splits is 0"),
         ({"splits": 3}, "splits is 3; supported here: 1 to 2"),
+        ({"splits": 2, "tile_rows": 64}, "splits is 2; supported here: 1 to 1"),  # a stage is all of the columns
         ({"splits": 9, "size": 8192}, "splits is 9; supported here: 1 to 8"),
         ({"residual": 4096}, "a residual belongs to linear_add"),
         ({"form": LINEAR_ADD}, "a residual belongs to linear_add"),

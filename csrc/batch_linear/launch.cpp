@@ -38,9 +38,6 @@ void check(const Problem& q, const Squares& squares, const Plan& plan) {
             "size is " + std::to_string(q.size) + "; expected a multiple of " + std::to_string(kPanelColumns));
     require(q.num_rows >= kUnitRows && q.num_rows % kUnitRows == 0,
             "num_rows is " + std::to_string(q.num_rows) + "; expected a multiple of " + std::to_string(kUnitRows));
-    const int most = makes_many_tiles(q.form) ? 1 : std::min(kMaxSplits, q.size / kPanelColumns);
-    require(plan.splits >= 1 && plan.splits <= most,
-            "splits is " + std::to_string(plan.splits) + "; supported here: 1 to " + std::to_string(most));
     const int tallest = tallest_tile(q.form, padded_tokens(q.num_tokens));
     const int lowest = makes_many_tiles(q.form) ? tallest : lowest_tile(padded_tokens(q.num_tokens));
     require(plan.tile_rows >= lowest && plan.tile_rows <= tallest && plan.tile_rows % kUnitRows == 0,
@@ -122,6 +119,9 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     const Kernel kernel = select_kernel(q.form, tokens, p.tile_rows);
     const int panels = stage_panels(tokens, kernel.rows);
     p.steps = divide_up(q.size / kPanelColumns, panels);
+    const int most_splits = many_tiles ? 1 : std::min(kMaxSplits, p.steps);  // each has something to multiply
+    require(p.splits >= 1 && p.splits <= most_splits,
+            "splits is " + std::to_string(p.splits) + "; supported here: 1 to " + std::to_string(most_splits));
     const int block_steps = many_tiles ? kMaxStages : divide_up(p.steps, p.splits);  // or more
     const int bytes = lay_out(p, plan, kernel.rows, panels, tokens, block_steps);
 
