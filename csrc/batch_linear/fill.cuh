@@ -1,22 +1,11 @@
 // The warp that fills the ring: boxes of weight, which may be asked for before the previous kernel has ended, and of x.
 #pragma once
-#include <cuda.h>
-
 #include "batch_linear/finish.cuh"
 #include "common/async.cuh"
 
 namespace batch_linear {
 
 using common::Cursor;
-
-__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, uint32_t barrier, int panel, int row,
-                                         uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %5, %4}], [%2], %6;" ::"r"(target),
-        "l"(map), "r"(barrier), "r"(0), "r"(panel), "r"(row), "l"(policy)
-        : "memory");
-}
 
 // Where in a matrix the next stage's box lies: the rows from `first` on of the block's, the columns from panel `panel`.
 struct Position {
@@ -46,10 +35,11 @@ struct Producer {
                 const int rows = min(b.rows - weight_at.first, kRows);
                 common::mbarrier_expect(full, panel_bytes(rows) + kXBytes);
                 for (int i = 0; i < rows; i += kBoxRows)
-                    copy_box(to + panel_bytes(i), weight, full, weight_at.panel, row + i, common::kEvictFirst);
+                    common::tma_load_panels(to + panel_bytes(i), weight, full, row + i, weight_at.panel,
+                                            common::kEvictFirst);
             } else {
                 common::mbarrier_expect(full, p.weight_bytes + kXBytes);
-                copy_box(to, weight, full, weight_at.panel, row, common::kEvictFirst);
+                common::tma_load_panels(to, weight, full, row, weight_at.panel, common::kEvictFirst);
             }
         }
         weight_at.advance(p, kPanels, kRows, kManyTiles);
@@ -57,7 +47,8 @@ struct Producer {
     // Its arrival counts for the stage of weight that it is multiplied with.
     __device__ __forceinline__ void copy_x(int x_stage, int stage) {
         if (common::elect_one())
-            copy_box(b.base + p.x_offset + x_stage * kXBytes, x, b.full(stage), x_at.panel, 0, common::kEvictLast);
+            common::tma_load_panels(b.base + p.x_offset + x_stage * kXBytes, x, b.full(stage), 0, x_at.panel,
+                                    common::kEvictLast);
         x_at.advance(p, kPanels, 0, kManyTiles);
     }
     __device__ __forceinline__ void begin() {

@@ -56,20 +56,6 @@ void check(const Problem& q, const Squares& squares, const Plan& plan) {
     for (const auto& operand : operands) require_aligned(operand.pointer, operand.name);
 }
 
-// A row-major bf16 matrix as panels of 64 columns, [panel][row][column], copied in boxes of `box_rows` of `box_panels`;
-// zeros beyond its edges.
-CUtensorMap matrix_map(const void* matrix, int rows, int columns, int box_rows, int box_panels) {
-    const cuuint64_t sizes[] = {kPanelColumns, cuuint64_t(rows), cuuint64_t(columns / kPanelColumns)};
-    const cuuint64_t strides[] = {cuuint64_t(columns) * 2, kPanelColumns * 2};
-    const cuuint32_t box[] = {kPanelColumns, cuuint32_t(box_rows), cuuint32_t(box_panels)}, steps[] = {1, 1, 1};
-    CUtensorMap map;
-    common::check_map(common::encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(matrix),
-                                             sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
-    return map;
-}
-
 Kernel select_kernel(Form form, int tokens, int tile_rows) {
     switch (form) {
         case Form::kNormLinear:
@@ -126,8 +112,8 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     const int bytes = lay_out(p, plan, kernel.rows, panels, tokens, block_steps);
 
     common::allow_shared_memory(kernel.function, common::shared_memory_limit(), true);
-    CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, many_tiles ? kBoxRows : p.tile_rows, panels);
-    CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens, panels);
+    CUtensorMap weight = common::panel_map(q.weight, q.num_rows, q.size, many_tiles ? kBoxRows : p.tile_rows, panels);
+    CUtensorMap x = common::panel_map(q.x, q.num_tokens, q.size, tokens, panels);
 
     cudaLaunchAttribute attributes[2]{};
     attributes[0].id = cudaLaunchAttributeClusterDimension;

@@ -11,14 +11,13 @@ constexpr int kMaxTokens = 128;
 constexpr int kConsumerWarps = 8;                // two warpgroups
 constexpr int kUnitRows = 16, kPartTokens = 16;  // of weight and of tokens, a fragment's
 constexpr int kShortRows = 128;                  // of weight: two warpgroups' instructions, where weights are rows
-constexpr int kPanelColumns = 64;                // 128 bytes, the swizzle's width
 constexpr int kBoxRows = 32;   // that a block of many tiles brings at a time, and that its share is made of
 constexpr int kMaxSplits = 8;  // blocks of a cluster, the portable limit
 constexpr int kMaxStages = 24;
 constexpr int kScaleWarps = 4;  // sum up squares where there is a norm
 constexpr int kConsumers = kConsumerWarps * 32, kScaleThreads = kScaleWarps * 32;
 
-using common::Form, common::has_norm, common::Squares;
+using common::Form, common::has_norm, common::kPanelColumns, common::Squares;
 
 // Threads of a block: those that multiply, the warp that copies, and with a norm those that make its scales.
 constexpr int threads(Form form) {

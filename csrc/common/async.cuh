@@ -159,6 +159,18 @@ __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes
 #endif
 }
 
+// A box of a panel_map (tensor_map.h), from this row and panel on.
+__device__ __forceinline__ void tma_load_panels(uint32_t target, const CUtensorMap* map, uint32_t barrier, int row,
+                                                int panel, uint64_t policy) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(target),
+        "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(panel), "l"(policy)
+        : "memory");
+#endif
+}
+
 // One box of a 5-D tensor, read once: it leaves L2 first.
 __device__ __forceinline__ void tma_load_5d(uint32_t target, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
                                             int c2, int c3, int c4) {

@@ -4,6 +4,8 @@
 
 namespace common {
 
+constexpr int kPanelColumns = 64;  // of a matrix, 128 bytes, the swizzle's width: what is copied at a time
+
 enum class Form : int { kNormLinear = 0, kLinearAdd = 1, kNormSwiGlu = 2, kLinear = 3 };
 
 constexpr bool has_norm(Form form) {

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "common/cuda_check.h"
+#include "common/linear.h"
 
 namespace common {
 
@@ -31,6 +32,19 @@ inline EncodeTiled encode_tiled() {
 inline void check_map(CUresult status) {
     if (status != CUDA_SUCCESS)
         throw std::runtime_error("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(status));
+}
+
+// A row-major bf16 matrix as panels of 64 columns, (column, row, panel), copied in boxes of `box_rows` of `box_panels`
+// (async.cuh: tma_load_panels); zeros beyond its edges.
+inline CUtensorMap panel_map(const void* matrix, int rows, int columns, int box_rows, int box_panels) {
+    const cuuint64_t sizes[] = {kPanelColumns, cuuint64_t(rows), cuuint64_t(columns / kPanelColumns)};
+    const cuuint64_t strides[] = {cuuint64_t(columns) * 2, kPanelColumns * 2};
+    const cuuint32_t box[] = {kPanelColumns, cuuint32_t(box_rows), cuuint32_t(box_panels)}, steps[] = {1, 1, 1};
+    CUtensorMap map;
+    check_map(encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(matrix), sizes, strides, box,
+                             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+    return map;
 }
 
 // A block of `kernel` may use more than 48 KB of shared memory only after this; asked once per kernel and device.

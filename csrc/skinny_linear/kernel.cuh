@@ -15,16 +15,6 @@ namespace skinny_linear {
 
 using common::Cursor;
 
-// A box of a matrix seen as (column in a panel of 64, row, panel).
-__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, uint32_t barrier, int row, int panel,
-                                         uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(target),
-        "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(panel), "l"(policy)
-        : "memory");
-}
-
 // The warp that fills the ring: one lane of it copies. begin() asks for constants only.
 template <class Grid>
 struct Producer {
@@ -42,13 +32,13 @@ struct Producer {
     __device__ __forceinline__ void copy_weight(int stage) {
         if (!common::elect_one()) return;
         common::mbarrier_expect(b.full(stage), b.layout.stage);
-        copy_box(b.base + stage * b.layout.stage, weight, b.full(stage), tile * p.tile_rows,
-                 (b.first_step + step) * Grid::kBoxes, common::kEvictFirst);
+        common::tma_load_panels(b.base + stage * b.layout.stage, weight, b.full(stage), tile * p.tile_rows,
+                                (b.first_step + step) * Grid::kBoxes, common::kEvictFirst);
     }
     __device__ __forceinline__ void copy_x(int stage, int step) {
         if (!common::elect_one()) return;
-        copy_box(b.base + stage * b.layout.stage + b.layout.stage_weight, x, b.full(stage), 0,
-                 (b.first_step + step) * Grid::kBoxes, common::kEvictLast);
+        common::tma_load_panels(b.base + stage * b.layout.stage + b.layout.stage_weight, x, b.full(stage), 0,
+                                (b.first_step + step) * Grid::kBoxes, common::kEvictLast);
     }
     __device__ __forceinline__ void advance() {
         --remaining;

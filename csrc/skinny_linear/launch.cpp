@@ -60,13 +60,13 @@ const void* select_kernel(int tokens, int grid, Form form) {
 SharedLayout lay_out(const Params& p, const Shape& shape, int tokens, Form form, bool one_tile) {
     const bool norm = has_norm(form);
     SharedLayout s{};
-    s.stage_weight = shape.boxes * p.tile_rows * kBox * 2;
-    s.stage = s.stage_weight + shape.boxes * tokens * kBox * 2;
+    s.stage_weight = shape.boxes * p.tile_rows * kPanelColumns * 2;
+    s.stage = s.stage_weight + shape.boxes * tokens * kPanelColumns * 2;
     s.stride_partial = p.tile_rows + 4;  // so that a warp's store of partial sums meets every bank once
     const int ring = p.stages * s.stage, partials = shape.column_warps * tokens * s.stride_partial * 4;
     s.partials = one_tile ? 0 : ring;
     // Warps whose rows are not in the tile read on behind its last box.
-    const int beyond = std::max(0, (shape.rows - p.tile_rows - shape.boxes * tokens) * kBox * 2);
+    const int beyond = std::max(0, (shape.rows - p.tile_rows - shape.boxes * tokens) * kPanelColumns * 2);
     s.squares = up(one_tile ? std::max(ring + beyond, partials) : ring + partials);
     s.received = up(s.squares + (norm ? shape.column_warps * tokens * 4 : 0));
     const int received = p.splits * p.own_units * p.num_tokens * unit_rows(form) * 4;
@@ -74,19 +74,6 @@ SharedLayout lay_out(const Params& p, const Shape& shape, int tokens, Form form,
     s.barriers = up(s.received_squares + (p.splits > 1 && norm ? p.splits * p.num_tokens * 4 : 0));
     s.bytes = s.barriers + (2 * kMaxStages + 1) * 8;
     return s;
-}
-
-// A row-major bf16 matrix as (column in a panel of 64, row, panel); what does not exist reads as zero.
-CUtensorMap matrix_map(const void* matrix, int rows, int columns, int box_rows, int boxes) {
-    const cuuint64_t sizes[] = {kBox, cuuint64_t(rows), cuuint64_t(columns / kBox)};
-    const cuuint64_t strides[] = {cuuint64_t(columns) * 2, kBox * 2};
-    const cuuint32_t box[] = {kBox, cuuint32_t(box_rows), cuuint32_t(boxes)}, steps[] = {1, 1, 1};
-    CUtensorMap map;
-    common::check_map(common::encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(matrix),
-                                             sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
-    return map;
 }
 
 cudaLaunchAttribute cluster_attribute(int blocks) {
@@ -100,8 +87,8 @@ cudaLaunchAttribute cluster_attribute(int blocks) {
 void check(const Problem& q, const Plan& t) {
     require(q.num_tokens >= 1 && q.num_tokens <= kMaxTokens,
             "num_tokens is " + std::to_string(q.num_tokens) + "; supported: 1 to " + std::to_string(kMaxTokens));
-    require(q.size >= kBox && q.size % kBox == 0,
-            "size is " + std::to_string(q.size) + "; expected a multiple of " + std::to_string(kBox));
+    require(q.size >= kPanelColumns && q.size % kPanelColumns == 0,
+            "size is " + std::to_string(q.size) + "; expected a multiple of " + std::to_string(kPanelColumns));
     const int unit = unit_rows(q.form);
     require(q.num_rows >= unit && q.num_rows % unit == 0,
             "num_rows is " + std::to_string(q.num_rows) + "; expected a multiple of " + std::to_string(unit));
@@ -109,7 +96,7 @@ void check(const Problem& q, const Plan& t) {
     require(t.tile_rows >= min_rows && t.tile_rows <= kMaxTileRows && t.tile_rows % 16 == 0,
             "tile_rows is " + std::to_string(t.tile_rows) + "; expected a multiple of 16 from " +
                 std::to_string(min_rows) + " to " + std::to_string(kMaxTileRows));
-    const int steps = divide_up(q.size / kBox, Shape::of(t.tile_rows, tokens).boxes);
+    const int steps = divide_up(q.size / kPanelColumns, Shape::of(t.tile_rows, tokens).boxes);
     require(t.splits >= 1 && t.splits <= std::min(kMaxSplits, steps), "splits is " + std::to_string(t.splits) +
                                                                           "; supported here: 1 to " +
                                                                           std::to_string(std::min(kMaxSplits, steps)));
@@ -131,7 +118,7 @@ void launch(const Problem& q, const Plan& t, bool overlap, cudaStream_t stream) 
     p.residual = q.residual, p.out = q.out;
     p.num_tokens = q.num_tokens, p.num_rows = q.num_rows, p.size = q.size, p.eps = q.eps;
     p.tile_rows = t.tile_rows, p.tiles = divide_up(q.num_rows, t.tile_rows), p.splits = t.splits;
-    p.steps = divide_up(q.size / kBox, shape.boxes);
+    p.steps = divide_up(q.size / kPanelColumns, shape.boxes);
     p.own_units = divide_up(t.tile_rows / unit_rows(q.form), t.splits);
     while (1 << p.unit_bits < p.own_units) ++p.unit_bits;
     // A cluster that adds up partial sums has one tile; if not all run at once, the rest follow.
@@ -147,8 +134,8 @@ void launch(const Problem& q, const Plan& t, bool overlap, cudaStream_t stream) 
 
     const void* kernel = select_kernel(tokens, shape.grid, q.form);
     common::allow_shared_memory(kernel, common::shared_memory_limit(), true);
-    CUtensorMap weight = matrix_map(q.weight, q.num_rows, q.size, t.tile_rows, shape.boxes);
-    CUtensorMap x = matrix_map(q.x, q.num_tokens, q.size, tokens, shape.boxes);
+    CUtensorMap weight = common::panel_map(q.weight, q.num_rows, q.size, t.tile_rows, shape.boxes);
+    CUtensorMap x = common::panel_map(q.x, q.num_tokens, q.size, tokens, shape.boxes);
 
     cudaLaunchAttribute attributes[2] = {cluster_attribute(t.splits), {}};
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;

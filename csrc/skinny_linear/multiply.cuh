@@ -11,7 +11,7 @@
 namespace skinny_linear {
 
 using bf16 = __nv_bfloat16;
-constexpr int kRowBytes = kBox * 2;
+constexpr int kRowBytes = kPanelColumns * 2;
 
 // What ldmatrix wants of a lane. Of 16 rows of weight: chunks 0 and 1 of rows 0-7 and 8-15; the second step's chunks
 // are at this offset ^ 32. Of 8 tokens: chunks 0 to 3. The other half of the box: ^ 64.

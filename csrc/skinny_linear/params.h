@@ -9,13 +9,12 @@ namespace skinny_linear {
 constexpr int kMaxTokens = 32;
 constexpr int kMaxTileRows = 128;
 constexpr int kMaxSplits = 8;  // blocks of a cluster, the portable limit
-constexpr int kBox = 64;       // columns of a copied box: 128 bytes, the swizzle's width
 constexpr int kMaxStages = 16;
 constexpr int kConsumerWarps = 8;
 constexpr int kConsumers = kConsumerWarps * 32;
 constexpr int kThreads = kConsumers + 32;  // and the warp that copies
 
-using common::Form, common::has_norm;
+using common::Form, common::has_norm, common::kPanelColumns;
 
 // Rows of weight that make 16 bytes of output.
 constexpr int unit_rows(Form form) {
