@@ -11,6 +11,12 @@ namespace batch_linear {
 
 using common::operand, common::wgmma, common::wgmma_fence;
 
+// Whether a multiplication adds to the sums: all but the first of a tile. What the compiler can know of it, it need not
+// work out in the loop.
+__device__ __forceinline__ bool adds(int step, int panel, int k) {
+    return panel > 0 || k > 0 || step > 0;
+}
+
 // Weights are rows, 64 for each warpgroup in turn: a warp has a unit of every 128 rows, and all parts.
 template <int kTokens, int kRows>
 struct WeightRows {
@@ -40,7 +46,7 @@ struct WeightRows {
                 const uint64_t rows = operand(weight + panel * panel_bytes(p.tile_rows) + panel_bytes(first_row(i)));
 #pragma unroll
                 for (int k = 0; k < kPanelColumns / 16; ++k)  // 32 bytes further along the rows
-                    wgmma<__nv_bfloat16, kTokens>(d[i], rows + 2 * k, columns + 2 * k, step + panel + k);
+                    wgmma<__nv_bfloat16, kTokens>(d[i], rows + 2 * k, columns + 2 * k, adds(step, panel, k));
             }
         }
     }
@@ -76,7 +82,7 @@ struct TokenRows {
             const uint64_t columns = operand(weight + panel * panel_bytes(p.tile_rows) + panel_bytes(group * kOwnRows));
 #pragma unroll
             for (int k = 0; k < kPanelColumns / 16; ++k)
-                wgmma<__nv_bfloat16, kOwnRows>(d, rows + 2 * k, columns + 2 * k, step + panel + k);
+                wgmma<__nv_bfloat16, kOwnRows>(d, rows + 2 * k, columns + 2 * k, adds(step, panel, k));
         }
     }
 
