@@ -102,7 +102,7 @@ __device__ __forceinline__ void consume_tiles(const Params& p, const Block& b) {
 // Which rows of weight the block makes, and in which steps.
 template <int kRows, Form kForm>
 __device__ __forceinline__ Block block_of(const Params& p, uint8_t* shared, int rank) {
-    Block b{shared, common::shared_address(shared), p.tail_offset};
+    Block b{shared, common::uniform(common::shared_address(shared)), p.tail_offset};
     if constexpr (makes_many_tiles(kForm)) {
         const int boxes = (p.num_rows + kBoxRows - 1) / kBoxRows, first = first_of(boxes, blockIdx.x, gridDim.x);
         b.first_row = first * kBoxRows, b.rows = first_of(boxes, blockIdx.x + 1, gridDim.x) * kBoxRows - b.first_row;

@@ -111,9 +111,15 @@ __device__ __forceinline__ bool elect_one() {
 #endif
 }
 
+// What is the same for all lanes of a warp, and the compiler knows: it stays in a uniform register. Of a shared address
+// it would else know a way to make it anew in every round of a loop.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) {
+    return __shfl_sync(~0u, value, 0);
+}
+
 // The number of this warp, and the compiler knows that it is the same for all lanes, and small.
 __device__ __forceinline__ int uniform_warp() {
-    return __shfl_sync(~0u, threadIdx.x / 32, 0) % 32;
+    return uniform(threadIdx.x / 32) % 32;
 }
 
 // ---- named barriers over `threads` threads of the block
