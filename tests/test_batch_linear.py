@@ -75,8 +75,8 @@ def test_the_kernel_refuses(wrong: dict[str, int], message: str) -> None:
 
 @pytest.mark.nvcc
 def test_the_loop_has_its_addresses_in_uniform_registers() -> None:
-    """Where `wgmma` takes them from: others have to be moved there (R2UR) before it starts, stage after stage; and what is
-    the same in every round is not made anew (S2UR)."""
+    """Where `wgmma` takes them from: others have to be moved there (R2UR) before it starts, stage after stage; and what
+    is the same in every round is not made anew (S2UR)."""
     kernels = instructions(batch_linear.library().__file__, "batch_linear_kernel")
     assert len(kernels) > 20
     for name, found in kernels.items():
