@@ -95,7 +95,7 @@ def product(
         residual = _aligned(residual)
     x, given, weight = _aligned(x), weight, _aligned(weight)
     # It reads weights before the previous kernel has ended, which must not be one that copies them.
-    fits_head = allow_own and residual is None and weight is given
+    fits_head = allow_own and residual is None and weight is given and batch_linear in ONE_KERNEL
     if fits_head and batch_linear.pays_at_head(num_tokens, num_rows, size, x.dtype, x.device):
         return batch_linear.linear(x, weight)
     if allow_own and num_tokens >= LARGE_MIN_TOKENS and gemm.suits(x.device, num_tokens, num_rows, size):
