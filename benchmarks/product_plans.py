@@ -29,7 +29,7 @@ from benchmarks.layer import product_shapes
 from llama3.errors import UserError
 from llama3.ops import batch_linear, batch_plans, linear, one_kernel, skinny_linear, skinny_plans
 from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
-from llama3.ops.plan_table import TABLE
+from llama3.ops.plan_table import DEVICE, TABLE
 from llama3.shapes import shape_config
 
 Plans = dict[str, Any]  # a Plan by product, all of one family
@@ -176,9 +176,11 @@ def compare(
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What `plan_table` reads, from results by name; of equal products the last one's plan."""
+    """What `plan_table` reads, from results by name on its GPU; of equal products the last one's plan."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for _, result in sorted(results.items()):
+        if result["device"] != DEVICE:
+            continue
         config, plans = shape_config(result["shape"]), family_for(result["tokens"])[1]
         for product, (num_rows, size) in product_shapes(config).items():
             key = plans.FAMILY, NAMES[FORMS[product]], plans.padded(result["tokens"]), num_rows, size

@@ -80,6 +80,11 @@ def test_the_table_is_what_the_results_say() -> None:
     assert len(plan_table.plans()) == len(json.loads(plan_table.TABLE.read_text())) == 4 * len(cases)
 
 
+def test_what_was_found_on_another_gpu_is_not_in_the_table() -> None:
+    result = read_results()["1b-16"]
+    assert len(table({"a": result, "b": result | {"device": "NVIDIA H100", "shape": "8b"}})) == 4
+
+
 @pytest.mark.parametrize("name", sorted(read_results()))
 def test_plans_in_the_table_were_faster_than_those_before(name: str) -> None:
     rows = read_results()[name]["rows"]

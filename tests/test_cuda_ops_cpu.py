@@ -69,6 +69,35 @@ def test_rms_norm_names_what_is_wrong(x: torch.Tensor, weight: torch.Tensor, mes
         elementwise.rms_norm(x, weight, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("ids", "table", "message"),
+    [
+        (torch.zeros(2, dtype=torch.int32), torch.zeros(9, 16, dtype=BF16), "table is on cpu; expected a CUDA device"),
+        (torch.zeros(2), torch.zeros(9, 16), "bfloat16 or float16, not in torch.float32"),
+        (torch.zeros(2), torch.zeros(9, 32, dtype=BF16)[:, ::2], r"table is .* strides \[32, 2\]"),
+    ],
+)
+def test_embed_names_what_is_wrong(ids: torch.Tensor, table: torch.Tensor, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        elementwise.embed(ids, table, with_squares=True)
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"hidden_size": 12}, "hidden_size is 12; expected a multiple of 8"),
+        ({"num_tokens": 0}, "there are no tokens"),
+        ({"table": 4098}, "table must be 16-byte aligned"),
+        ({"out": 4098}, "out must be 16-byte aligned"),
+    ],
+)
+def test_the_embedding_kernel_refuses(wrong: dict[str, int], message: str) -> None:
+    good = {"token_ids": 4096, "table": 4096, "out": 4096, "squares": 0, "num_tokens": 2, "hidden_size": 16}
+    with pytest.raises(ValueError, match=message):
+        elementwise.library().embed(**good | {"dtype": 0, "overlap": False, "stream": 0} | wrong)
+
+
 def test_silu_mul_names_what_is_wrong() -> None:
     with pytest.raises(UserError, match="multiple of 8"):
         elementwise.silu_mul(torch.zeros(2, 24, dtype=BF16))

@@ -37,9 +37,19 @@ def test_the_compiled_side_takes_what_the_python_side_hands_it(family: ModuleTyp
         lambda: family.linear_add(x, weight, residual),
         lambda: family.linear_add_squares(x, weight, residual),
     )
+    if family is batch_linear:
+        calls += (lambda: family.linear(x, weight),)
     for call in calls:
         with pytest.raises(RuntimeError, match="cuda"):  # its checks are passed; then there is no GPU
             call()
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize(("family", "most"), ((skinny_linear, 32), (batch_linear, 128)))
+def test_too_many_tokens_are_named(family: ModuleType, most: int, operands: dict) -> None:
+    x = torch.zeros(most + 1, 512, dtype=torch.bfloat16).as_subclass(FakeCuda)
+    with pytest.raises(ValueError, match=f"num_tokens is {most + 1}; supported: 1 to {most}"):
+        family.linear_add(x, operands["weight"], torch.zeros(most + 1, 256, dtype=x.dtype).as_subclass(FakeCuda))
 
 
 def test_arguments_and_the_output(operands: dict) -> None:

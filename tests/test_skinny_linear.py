@@ -7,7 +7,7 @@ import torch
 
 from llama3.errors import UserError
 from llama3.ops import one_kernel, plan_table, skinny_linear, skinny_plans
-from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
+from llama3.ops.one_kernel import LINEAR, LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 from llama3.ops.skinny_plans import Plan, choose_plan, min_tile_rows
 from llama3.shapes import shape_config
 
@@ -33,10 +33,8 @@ GOOD |= {"shared_bytes": 106 << 10, "trigger": 4, "ahead": 16}
         ({"splits": 3}, "splits is 3; supported here: 1 to 1"),
         ({"splits": 9, "size": 8192}, "splits is 9; supported here: 1 to 8"),
         ({"ahead": -1}, "ahead is -1; expected 0 or more stages"),
-        (
-            {"shared_bytes": 20 << 10, "splits": 2, "size": 256},
-            "a block needs [0-9]+ bytes of shared memory, and may have 20480",
-        ),
+        ({"shared_bytes": 20 << 10}, "a block needs [0-9]+ bytes of shared memory, and may have 20480"),
+        ({"form": LINEAR}, "form is 3; supported here: norm_linear, linear_add, norm_swiglu"),
         ({"residual": 4096}, "a residual belongs to linear_add"),
         ({"form": LINEAR_ADD}, "a residual belongs to linear_add"),
         ({"x": 4098}, "x must be 16-byte aligned"),

@@ -74,8 +74,8 @@ __device__ __forceinline__ float silu(float x) {
     return __fdividef(x, 1 + __expf(-x));
 }
 
-// Where a fragment goes: a lane writes two neighbouring outputs of tokens t and t + 8, t = lane / 4, for linear_add and
-// norm_linear also those 8 rows on. SwiGLU makes one output of rows r and r + 8.
+// Where a fragment goes: a lane writes two neighbouring outputs of tokens t and t + 8, t = lane / 4, and those 8 rows
+// on, but for SwiGLU, which makes one output of rows r and r + 8.
 template <Form kForm, bool kTokensAreRows>
 struct Target {
     static constexpr int kWords = kForm == Form::kNormSwiGlu ? 1 : 2;  // of two outputs, a token

@@ -116,7 +116,7 @@ __device__ __forceinline__ Block block_of(const Params& p, uint8_t* shared, int 
 }
 
 // Registers for two blocks an SM, this kernel's and the next one's, where their rings may leave room for both: not of
-// tall tiles.
+// forms whose tiles may be tall.
 template <Form kForm>
 constexpr bool leaves_room(int tokens) {
     return tokens <= 64 && !may_be_tall(kForm, tokens);

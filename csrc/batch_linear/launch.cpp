@@ -43,7 +43,6 @@ void check(const Problem& q, const Squares& squares, const Plan& plan) {
     require(plan.tile_rows >= lowest && plan.tile_rows <= tallest && plan.tile_rows % kUnitRows == 0,
             "tile_rows is " + std::to_string(plan.tile_rows) + "; supported here: multiples of " +
                 std::to_string(kUnitRows) + " from " + std::to_string(lowest) + " to " + std::to_string(tallest));
-    require(plan.x_stages >= 1, "x_stages is " + std::to_string(plan.x_stages) + "; expected 1 or more");
     require(plan.ahead >= 0, "ahead is " + std::to_string(plan.ahead) + "; expected 0 or more stages");
     require((q.form == Form::kLinearAdd) == (q.residual != nullptr),
             "a residual belongs to linear_add, and to no other");
@@ -83,10 +82,13 @@ int lay_out(Params& p, const Plan& plan, int kernel_rows, int panels, int tokens
     p.stages = std::min(most, (room - p.x_stages * x_bytes) / p.weight_bytes);
     p.ahead = std::min(plan.ahead, p.stages);
     p.x_offset = p.stages * p.weight_bytes, p.tail_offset = p.x_offset + p.x_stages * x_bytes;
-    const int needed = std::max(least * (p.weight_bytes + x_bytes), received) + behind;
+    require(plan.x_stages >= least,
+            "x_stages is " + std::to_string(plan.x_stages) + "; expected " + std::to_string(least) + " or more");
+    const int stages = std::max(least, divide_up(received, p.weight_bytes + x_bytes));
     require(p.x_stages >= least && p.tail_offset >= received,
-            "a block needs " + std::to_string(needed) + " bytes of shared memory in " + std::to_string(least) +
-                " stages, and may have " + std::to_string(plan.shared_bytes) + " and " + std::to_string(block_steps));
+            "a block needs " + std::to_string(stages * (p.weight_bytes + x_bytes) + behind) +
+                " bytes of shared memory in " + std::to_string(stages) + " stages, and may have " +
+                std::to_string(plan.shared_bytes) + " and " + std::to_string(block_steps));
     return p.tail_offset + behind;
 }
 

@@ -10,7 +10,7 @@ using common::Problem;
 
 // splits: blocks of the cluster that makes a tile of tile_rows. trigger: stages left to ask for when the next kernel
 // may start. shared_bytes: the most that a block may use. ahead: stages of weight that are asked for before the
-// previous kernel has ended, if the ring has so many.
+// previous kernel has ended, if the ring has so many. x_stages: for how many stages x is there or under way, at most.
 struct Plan {
     int splits, trigger, shared_bytes, tile_rows, ahead, x_stages;
 };

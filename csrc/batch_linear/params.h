@@ -97,8 +97,6 @@ constexpr __host__ __device__ int owner_of(int unit, int units, int splits) {
     return ((unit + 1) * splits - 1) / units;
 }
 
-// What the loop reads must not lie in pairs of eight bytes: those are loaded into ordinary registers, and the addresses
-// that `wgmma` takes from uniform ones would have to be moved there (tests/test_batch_linear.py).
 struct Params {
     const void* residual;  // [num_tokens, num_rows] or null
     void* out;             // [num_tokens, num_rows], SwiGLU: [num_tokens, num_rows / 2]

@@ -85,6 +85,8 @@ cudaLaunchAttribute cluster_attribute(int blocks) {
 }
 
 void check(const Problem& q, const Plan& t) {
+    require(q.form == Form::kNormLinear || q.form == Form::kLinearAdd || q.form == Form::kNormSwiGlu,
+            "form is " + std::to_string(int(q.form)) + "; supported here: norm_linear, linear_add, norm_swiglu");
     require(q.num_tokens >= 1 && q.num_tokens <= kMaxTokens,
             "num_tokens is " + std::to_string(q.num_tokens) + "; supported: 1 to " + std::to_string(kMaxTokens));
     require(q.size >= kPanelColumns && q.size % kPanelColumns == 0,
@@ -121,15 +123,22 @@ void launch(const Problem& q, const Plan& t, bool overlap, cudaStream_t stream) 
     p.steps = divide_up(q.size / kPanelColumns, shape.boxes);
     p.own_units = divide_up(t.tile_rows / unit_rows(q.form), t.splits);
     while (1 << p.unit_bits < p.own_units) ++p.unit_bits;
+    const auto fits = [&](bool one_tile) {
+        p.layout = lay_out(p, shape, tokens, q.form, one_tile);
+        return p.layout.bytes <= t.shared_bytes;
+    };
+    const auto require_room = [&](bool one_tile) {
+        require(fits(one_tile), "a block needs " + std::to_string(p.layout.bytes) +
+                                    " bytes of shared memory, and may have " + std::to_string(t.shared_bytes));
+    };
+    p.stages = 1;
+    require_room(true);  // the least, before a GPU is asked for anything
     // A cluster that adds up partial sums has one tile; if not all run at once, the rest follow.
     const int clusters = t.splits > 1 || p.tiles <= 2 * common::multiprocessors() ? p.tiles : common::multiprocessors();
     const bool one_tile = clusters == p.tiles;
     p.stages = std::min(kMaxStages, divide_up(p.steps, t.splits) * divide_up(p.tiles, clusters));
-    while (p.stages > 1 && lay_out(p, shape, tokens, q.form, one_tile).bytes > t.shared_bytes) --p.stages;
-    p.layout = lay_out(p, shape, tokens, q.form, one_tile);
-    require(p.layout.bytes <= t.shared_bytes, "a block needs " + std::to_string(p.layout.bytes) +
-                                                  " bytes of shared memory, and may have " +
-                                                  std::to_string(t.shared_bytes));
+    while (p.stages > 1 && !fits(one_tile)) --p.stages;
+    require_room(one_tile);
     p.trigger = t.trigger, p.ahead = std::min(t.ahead, p.stages);
 
     const void* kernel = select_kernel(tokens, shape.grid, q.form);

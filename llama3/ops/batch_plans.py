@@ -13,7 +13,7 @@ TOKENS_AS_ROWS = 64  # of those counts: the one whose kernels take tokens as the
 MAX_TALL_TOKENS = 64  # with more, SwiGLU's tiles have 128 rows at most
 TILE_ROWS, UNIT_ROWS = 128, 16
 MIN_TILE_ROWS, MAX_TILE_ROWS, LOW_TILE_ROWS = 64, 256, 32
-STAGE_COLUMNS = 64  # or twice as many, of tiles up to MIN_TILE_ROWS and as many tokens
+STAGE_COLUMNS = 64  # or twice as many, of norm_linear's and linear_add's tiles up to MIN_TILE_ROWS, up to 64 tokens
 EXCHANGE_BYTES = 100 << 10  # that could be read in the time that a cluster takes to exchange its sums
 MIN_STEPS = 4  # of a block: room for what the others send
 SPLITS = (1, 2, 4, 8)  # clusters of other sizes find fewer places
@@ -104,8 +104,8 @@ def min_tile_rows(num_tokens: int) -> int:
 
 
 def padded(num_tokens: int) -> int:
-    """The token count of the kernel that runs `num_tokens`."""
-    return next(count for count in TOKEN_COUNTS if count >= num_tokens)
+    """The token count of the kernel that runs `num_tokens`; of too many, the largest: the kernels refuse them."""
+    return next((count for count in TOKEN_COUNTS if count >= num_tokens), TOKEN_COUNTS[-1])
 
 
 def sent_bytes(tokens: int, splits: int) -> int:

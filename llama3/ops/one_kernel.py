@@ -17,7 +17,7 @@ FORMS = {"norm_linear": NORM_LINEAR, "linear_add": LINEAR_ADD, "norm_swiglu": NO
 ROWS_MULTIPLE, SIZE_MULTIPLE = 16, 64
 # GPUs of more memory, an H200 and not an H100, have faster memory as well: other kernels are then the fastest.
 FAST_MEMORY_BYTES = 100 << 30
-HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's
+HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, in models that fit on one GPU
 
 
 def takes(num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from llama3.ops.one_kernel import FORMS
 
 TABLE = Path(__file__).with_name("plan_table.json")
-NUM_SMS = 132
+DEVICE, NUM_SMS = "NVIDIA H200", 132
 
 Shape = tuple[int, int, int, int]  # the form's number, the tokens that the kernel is compiled for, rows, size
 

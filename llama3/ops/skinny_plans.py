@@ -70,5 +70,5 @@ def max_tile_rows(form: int, num_tokens: int) -> int:
 
 
 def padded(num_tokens: int) -> int:
-    """The token count of the kernel that runs `num_tokens`."""
-    return next(count for count in TOKEN_COUNTS if count >= num_tokens)
+    """The token count of the kernel that runs `num_tokens`; of too many, the largest: the kernels refuse them."""
+    return next((count for count in TOKEN_COUNTS if count >= num_tokens), TOKEN_COUNTS[-1])
