@@ -11,6 +11,7 @@ stays, if it was each time that the two were compared. --table writes what was f
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
@@ -87,12 +88,12 @@ def change(plan: Any, form: int, num_tokens: int, num_rows: int, num_sms: int, d
 def improve(
     plans: Plans,
     propose: Callable[[Plans], tuple[str, Any]],
-    measure: Callable[[Plans, int], float | None],
+    measure: Callable[[Plans, int], float],
     has_time: Callable[[], bool],
 ) -> Iterator[Move]:
     """Better and better plans, a change at a time.
 
-    measure: the step's time under these plans as a median of so many replays; None where one of them cannot run.
+    measure: the step's time under these plans as a median of so many replays; infinite where one of them cannot run.
     """
     now = measure(plans, COMPARED)
     tried: set[tuple[tuple[str, Any], ...]] = set()
@@ -103,13 +104,11 @@ def improve(
         if key in tried:
             continue
         tried.add(key)
-        us = measure(others, FEW)
-        if us is None or (now is not None and us > now * PROMISING):
+        if measure(others, FEW) > now * PROMISING:
             continue
         pairs = [(measure(others, COMPARED), measure(plans, COMPARED)) for _ in range(PAIRS)]
-        compared = [(new, old) for new, old in pairs if new is not None and old is not None]
-        new_us, now = (statistics.median(times) for times in zip(*compared, strict=True))
-        if all(new < old for new, old in compared):
+        new_us, now = (statistics.median(times) for times in zip(*pairs, strict=True))
+        if all(new < old for new, old in pairs):
             yield Move(name, plan, new_us, now)
             plans, now = others, new_us
 
@@ -130,12 +129,12 @@ def run(shape: str, num_tokens: int, context: int, others: list[int], seconds: f
 
         return mock.patch.object(family, "choose_plan", choose)
 
-    def measure(plans: Plans, repeats: int) -> float | None:
+    def measure(plans: Plans, repeats: int) -> float:
         with patched(plans):
             try:
                 return median_microseconds([decode], repeats)
             except ValueError:  # no room for it, or too many splits
-                return None
+                return math.inf
 
     draw = random.Random(seed)
 
@@ -163,14 +162,12 @@ def compare(
 ) -> dict[str, float]:
     """Both steps at one context, in turn."""
     decode = step.decode(num_tokens, context)
-    graphs, times = [], ([], [])  # type: ignore[var-annotated]
+    graphs = []
     for plans in (before, after):
         with patched(plans):
             graphs.append(capture([decode]))
-    for _ in range(REPLAYS):
-        for graph, of_graph in zip(graphs, times, strict=True):
-            of_graph.append(replay_seconds(graph) * 1e6)
-    before_us, us = (statistics.median(of_graph) for of_graph in times)
+    rounds = [[replay_seconds(graph) * 1e6 for graph in graphs] for _ in range(REPLAYS)]
+    before_us, us = (statistics.median(times) for times in zip(*rounds, strict=True))
     print(f"context {context}: {before_us:.1f} to {us:.1f} us", flush=True)
     return {"context_len": context, "before_us": before_us, "us": us}
 
@@ -178,9 +175,8 @@ def compare(
 def table(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What `plan_table` reads, from results by name on its GPU; of equal products the last one's plan."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for _, result in sorted(results.items()):
-        if result["device"] != DEVICE:
-            continue
+    on_its_gpu = (results[name] for name in sorted(results) if results[name]["device"] == DEVICE)
+    for result in on_its_gpu:
         config, plans = shape_config(result["shape"]), family_for(result["tokens"])[1]
         for product, (num_rows, size) in product_shapes(config).items():
             key = plans.FAMILY, NAMES[FORMS[product]], plans.padded(result["tokens"]), num_rows, size

@@ -167,6 +167,15 @@ def test_with_fast_memory_every_multiprocessor_has_one_tile(num_rows: int) -> No
     assert 0.8 * 132 <= blocks <= batch_plans.CLUSTERS_AT_ONCE[plan.splits] * plan.splits <= 132
 
 
+def test_llama_8b_runs_as_measured_with_fast_memory_by_the_rule() -> None:
+    products = {"qkv": (NORM_LINEAR, 6144, 4096), "o": (LINEAR_ADD, 4096, 4096)}
+    products |= {"gate-up": (NORM_SWIGLU, 28672, 4096), "down": (LINEAR_ADD, 4096, 14336)}
+    plans = {name: choose_plan(form, 64, *shape, 131, True) for name, (form, *shape) in products.items()}
+    assert {name: (plan.splits, plan.tile_rows) for name, plan in plans.items()} == {
+        "qkv": (2, 96), "o": (2, 64), "gate-up": (1, 224), "down": (2, 64),
+    }  # fmt: skip
+
+
 def test_plans_that_were_found_run_where_they_were_found() -> None:
     for (family, (form, tokens, *shape)), fields in plan_table.plans().items():
         if family != batch_plans.FAMILY:

@@ -101,6 +101,4 @@ def _normed(
 
 
 def _launch(arguments: dict[str, Any], device: torch.device, plan: Plan | None) -> None:
-    shape = (arguments[name] for name in ("form", "num_tokens", "num_rows", "size"))
-    plan = plan or choose_plan(*shape, one_kernel.num_sms(device), one_kernel.has_fast_memory(device))
-    library().product(**arguments, **plan._asdict())
+    library().product(**one_kernel.with_plan(arguments, plan, choose_plan, device))

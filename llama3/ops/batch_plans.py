@@ -3,7 +3,7 @@
 import functools
 from typing import NamedTuple
 
-from llama3.ops import plan_table
+from llama3.ops import one_kernel, plan_table
 from llama3.ops.one_kernel import LINEAR, LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 from llama3.ops.skinny_linear import NARROW
 
@@ -104,8 +104,8 @@ def min_tile_rows(num_tokens: int) -> int:
 
 
 def padded(num_tokens: int) -> int:
-    """The token count of the kernel that runs `num_tokens`; of too many, the largest: the kernels refuse them."""
-    return next((count for count in TOKEN_COUNTS if count >= num_tokens), TOKEN_COUNTS[-1])
+    """The token count of the kernel that runs `num_tokens`."""
+    return one_kernel.padded(num_tokens, TOKEN_COUNTS)
 
 
 def sent_bytes(tokens: int, splits: int) -> int:

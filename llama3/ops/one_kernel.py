@@ -4,7 +4,8 @@ The weight of a norm before a product is part of the product's (`ModelWeights.fo
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +19,12 @@ ROWS_MULTIPLE, SIZE_MULTIPLE = 16, 64
 # GPUs of more memory, an H200 and not an H100, have faster memory as well: other kernels are then the fastest.
 FAST_MEMORY_BYTES = 100 << 30
 HEAD_ELEMENTS = 150 << 20  # products of so many weights are the head's, in models that fit on one GPU
+
+
+class Plan(Protocol):
+    """A family's NamedTuple of what the compiled side takes by keyword."""
+
+    def _asdict(self) -> dict[str, Any]: ...
 
 
 def takes(num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -71,6 +78,22 @@ def arguments(
     sizes = {"num_tokens": num_tokens, "num_rows": num_rows, "size": size, "eps": eps, "form": form}
     stream = torch.cuda.current_stream(x.device).cuda_stream
     return out, pointers | sizes | {"overlap": True, "stream": stream}
+
+
+def with_plan(
+    arguments: dict[str, Any], plan: Plan | None, choose_plan: Callable[..., Plan], device: torch.device
+) -> dict[str, Any]:
+    """`arguments`, and how the product runs: as `plan` says, or, if it is None, as the family chooses for this GPU."""
+    if plan is None:
+        shape = (arguments[name] for name in ("form", "num_tokens", "num_rows", "size"))
+        plan = choose_plan(*shape, num_sms(device), has_fast_memory(device))
+    return arguments | plan._asdict()
+
+
+def padded(num_tokens: int, counts: Sequence[int]) -> int:
+    """Of the ascending token counts that kernels are compiled for, the one for `num_tokens`; of too many, the largest:
+    the kernels refuse them."""
+    return next((count for count in counts if count >= num_tokens), counts[-1])
 
 
 def squares_argument(op: str, squares: torch.Tensor | None, x: torch.Tensor) -> dict[str, int]:

@@ -86,7 +86,5 @@ def _product(
     plan: Plan | None,
 ) -> torch.Tensor:
     out, arguments = one_kernel.arguments(op, x, weight, residual, eps, out)
-    shape = (arguments[name] for name in ("form", "num_tokens", "num_rows", "size"))
-    plan = plan or choose_plan(*shape, one_kernel.num_sms(x.device), one_kernel.has_fast_memory(x.device))
-    library().product(**arguments, **plan._asdict())
+    library().product(**one_kernel.with_plan(arguments, plan, choose_plan, x.device))
     return out

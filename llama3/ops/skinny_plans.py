@@ -3,7 +3,7 @@
 import functools
 from typing import NamedTuple
 
-from llama3.ops import plan_table
+from llama3.ops import one_kernel, plan_table
 from llama3.ops.one_kernel import LINEAR_ADD
 
 FAMILY = "skinny_linear"
@@ -70,5 +70,5 @@ def max_tile_rows(form: int, num_tokens: int) -> int:
 
 
 def padded(num_tokens: int) -> int:
-    """The token count of the kernel that runs `num_tokens`; of too many, the largest: the kernels refuse them."""
-    return next((count for count in TOKEN_COUNTS if count >= num_tokens), TOKEN_COUNTS[-1])
+    """The token count of the kernel that runs `num_tokens`."""
+    return one_kernel.padded(num_tokens, TOKEN_COUNTS)
