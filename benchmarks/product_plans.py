@@ -41,7 +41,7 @@ NAMES = {number: name for name, number in one_kernel.FORMS.items()}
 ROWS_MULTIPLE = one_kernel.ROWS_MULTIPLE
 MOST = batch_plans.MAX_STAGES
 CHOICES: dict[str, tuple[int, ...]] = {
-    "shared_bytes": tuple(k << 10 for k in (60, 74, 82, 90, 98, 106, 112, 124, 140, 150, 170, 200)),
+    "shared_bytes": tuple(k << 10 for k in (60, 74, 82, 90, 98, 104, 106, 112, 124, 140, 150, 170, 200)),
     "trigger": (0, 1, 2, 3, 4, 6, 8, 12, 16, 24),
     "ahead": (0, 1, 2, 3, 4, 5, 6, 8, 10, MOST),
     "x_stages": (2, 3, 4, 5, 6, 8, MOST),
@@ -61,15 +61,15 @@ class Move(NamedTuple):
     before_us: float
 
 
-def family_for(num_tokens: int) -> tuple[ModuleType, ModuleType]:
-    """The kernels that run a step of so many tokens where memory is fast, and what plans them."""
-    few = num_tokens <= skinny_linear.ALWAYS_TOKENS
+def family_for(num_tokens: int, width: int) -> tuple[ModuleType, ModuleType]:
+    """The kernels of a step of so many tokens in a model of that width where memory is fast, and what plans them."""
+    few = num_tokens <= skinny_linear.most_tokens(width, fast_memory=True)
     return (skinny_linear, skinny_plans) if few else (batch_linear, batch_plans)
 
 
 def change(plan: Any, form: int, num_tokens: int, num_rows: int, num_sms: int, draw: random.Random) -> Any:
     """Another plan near this one, that gives a multiprocessor neither much too little nor much too much."""
-    plans = family_for(num_tokens)[1]
+    plans = skinny_plans if isinstance(plan, skinny_plans.Plan) else batch_plans
     heights = range(plans.min_tile_rows(num_tokens), plans.max_tile_rows(form, num_tokens) + 1, ROWS_MULTIPLE)
     choices = {field: values for field, values in CHOICES.items() if field in plan._fields} | {"tile_rows": heights}
     while True:
@@ -115,7 +115,7 @@ def improve(
 
 def run(shape: str, num_tokens: int, context: int, others: list[int], seconds: float, seed: int) -> dict[str, Any]:
     step = Step(shape)
-    family = family_for(num_tokens)[0]
+    family = family_for(num_tokens, step.config.hidden_size)[0]
     decode, own = step.decode(num_tokens, context), family.choose_plan
     products = {name: (FORMS[name], *size) for name, size in product_shapes(step.config).items()}
     device = step.weights.embed.device
@@ -177,7 +177,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     on_its_gpu = (results[name] for name in sorted(results) if results[name]["device"] == DEVICE)
     for result in on_its_gpu:
-        config, plans = shape_config(result["shape"]), family_for(result["tokens"])[1]
+        config = shape_config(result["shape"])
+        plans = family_for(result["tokens"], config.hidden_size)[1]
         for product, (num_rows, size) in product_shapes(config).items():
             key = plans.FAMILY, NAMES[FORMS[product]], plans.padded(result["tokens"]), num_rows, size
             names = dict(zip(("family", "form", "tokens", "num_rows", "size"), key, strict=True))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama3.errors import UserError
-from llama3.ops import batch_linear, batch_plans, linear, one_kernel, plan_table
+from llama3.ops import batch_linear, batch_plans, linear, one_kernel, plan_table, skinny_linear
 from llama3.ops.batch_plans import SPLITS, choose_plan
 from llama3.ops.cublaslt import ALIGNMENT
 from llama3.ops.one_kernel import LINEAR, LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
@@ -126,12 +126,26 @@ def test_where_they_run_on_a_gpu_of_fast_memory(monkeypatch: pytest.MonkeyPatch)
     cuda = torch.device("cuda")
     assert batch_linear.pays(64, 2048, 8192, BF16, cuda) and batch_linear.pays(17, 3072, 2048, BF16, cuda)
     assert batch_linear.pays(64, 28672, 4096, BF16, cuda) and not batch_linear.pays(65, 2048, 2048, BF16, cuda)
+    assert batch_linear.pays(9, 2048, 8192, BF16, cuda) and not batch_linear.pays(8, 2048, 8192, BF16, cuda)
+    assert batch_linear.pays(17, 6144, 4096, BF16, cuda) and not batch_linear.pays(16, 6144, 4096, BF16, cuda)
+
+
+@pytest.mark.parametrize("fast_memory", (False, True))
+@pytest.mark.parametrize("shape", ((2048, 8192), (16384, 2048), (3072, 8192), (28672, 4096)))
+def test_every_token_count_has_one_family(
+    shape: tuple[int, int], fast_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_kernel, "is_hopper", lambda device: True)
+    monkeypatch.setattr(one_kernel, "has_fast_memory", lambda device: fast_memory)
+    for num_tokens in range(1, (64 if fast_memory else 128) + 1):
+        given = num_tokens, *shape, BF16, torch.device("cuda")
+        assert skinny_linear.pays(*given) != batch_linear.pays(*given)
 
 
 @pytest.mark.nvcc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would launch with addresses that are not memory")
 @pytest.mark.parametrize("fast_memory", (False, True))
-@pytest.mark.parametrize("num_tokens", (8, 17, 33, 64, 96, 128))
+@pytest.mark.parametrize("num_tokens", (8, 16, 17, 33, 64, 96, 128))
 @pytest.mark.parametrize("shape", ("1b", "3b", "8b", "tiny"))
 def test_plans_are_what_the_kernel_takes(shape: str, num_tokens: int, fast_memory: bool) -> None:
     c = shape_config(shape)

@@ -20,11 +20,12 @@ from llama3.ops.one_kernel import LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
     form=st.sampled_from((NORM_LINEAR, LINEAR_ADD, NORM_SWIGLU)),
     num_tokens=st.sampled_from((3, 16, 20, 48, 64, 100)),
     num_rows=st.sampled_from((2048, 6144, 28672)),
+    width=st.sampled_from((2048, 4096)),
     seed=st.integers(0, 1000),
 )
-def test_changes_are_plans_that_fill_the_gpu(form: int, num_tokens: int, num_rows: int, seed: int) -> None:
-    draw, plans = random.Random(seed), product_plans.family_for(num_tokens)[1]
-    plan = plans.choose_plan(form, num_tokens, num_rows, 2048, 132, True)
+def test_changes_are_plans_that_fill_the_gpu(form: int, num_tokens: int, num_rows: int, width: int, seed: int) -> None:
+    draw, plans = random.Random(seed), product_plans.family_for(num_tokens, width)[1]
+    plan = plans.choose_plan(form, num_tokens, num_rows, width, 132, True)
     for _ in range(20):
         other = change(plan, form, num_tokens, num_rows, 132, draw)
         lowest, tallest = plans.min_tile_rows(num_tokens), plans.max_tile_rows(form, num_tokens)

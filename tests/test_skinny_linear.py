@@ -81,6 +81,7 @@ def test_what_others_do_better(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not skinny_linear.pays(16, 128256, 2048, BF16, cuda)
     monkeypatch.setattr(one_kernel, "has_fast_memory", lambda device: True)
     assert skinny_linear.pays(16, 6144, 4096, BF16, cuda) and not skinny_linear.pays(17, 6144, 4096, BF16, cuda)
+    assert skinny_linear.pays(8, 2048, 8192, BF16, cuda) and not skinny_linear.pays(9, 2048, 8192, BF16, cuda)
 
 
 def test_llama_1b_fills_the_machine_once() -> None:

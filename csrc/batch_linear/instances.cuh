@@ -16,6 +16,8 @@ Kernel instantiate(int tile_rows) {
 template <Form kForm>
 Kernel kernel_for(int tokens, int tile_rows) {
     switch (tokens) {
+        case 16:
+            return instantiate<kForm, 16>(tile_rows);
         case 32:
             return instantiate<kForm, 32>(tile_rows);
         case 48:

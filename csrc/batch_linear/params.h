@@ -30,7 +30,7 @@ constexpr int rows_per_output(Form form) {
 }
 
 // Tokens that a kernel is compiled for; others run in the next larger one.
-constexpr int kTokenCounts[] = {32, 48, 64, 96, 128};
+constexpr int kTokenCounts[] = {16, 32, 48, 64, 96, 128};
 
 constexpr int padded_tokens(int tokens) {
     for (const int count : kTokenCounts)

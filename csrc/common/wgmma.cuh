@@ -44,7 +44,8 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint
 #define D32(i) D16(i), D16(i + 16)
 #define D64(i) D32(i), D32(i + 32)
 // clang-format off
-#define R16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define R16 R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define R24 R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define R32 R24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define R48 R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
@@ -66,6 +67,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint
                      : __VA_ARGS__                                                                                 \
                      : "l"(a), "l"(b), "r"(accumulate));                                                           \
     }
+WGMMA(__nv_bfloat16, "bf16", 16, R8, "%8", "%9", "%10", D8(0))
 WGMMA(__nv_bfloat16, "bf16", 32, R16, "%16", "%17", "%18", D16(0))
 WGMMA(__nv_bfloat16, "bf16", 48, R24, "%24", "%25", "%26", D16(0), D8(16))
 WGMMA(__nv_bfloat16, "bf16", 64, R32, "%32", "%33", "%34", D32(0))
@@ -87,6 +89,7 @@ WGMMA(__half, "f16", 256, R128, "%128", "%129", "%130", D64(0), D64(64))
 #undef R32
 #undef R24
 #undef R16
+#undef R8
 #undef D64
 #undef D32
 #undef D16

@@ -8,7 +8,7 @@ from llama3.ops.one_kernel import LINEAR, LINEAR_ADD, NORM_LINEAR, NORM_SWIGLU
 from llama3.ops.skinny_linear import NARROW
 
 FAMILY = "batch_linear"
-TOKEN_COUNTS = (32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
+TOKEN_COUNTS = (16, 32, 48, 64, 96, 128)  # that the kernels are compiled for; others run in the next larger one
 TOKENS_AS_ROWS = 64  # of those counts: the one whose kernels take tokens as the tensor cores' rows, so tiles may be low
 MAX_TALL_TOKENS = 64  # with more, SwiGLU's tiles have 128 rows at most
 TILE_ROWS, UNIT_ROWS = 128, 16

@@ -15,9 +15,8 @@ from llama3.ops import one_kernel
 from llama3.ops.skinny_plans import TOKEN_COUNTS, Plan, choose_plan
 
 MAX_TOKENS = TOKEN_COUNTS[-1]
-ALWAYS_TOKENS = 16  # up to which these kernels are the fastest for every shape
-# Beyond, csrc/batch_linear/ is faster for fewer rows or columns than this, or as many, and with fast memory always.
-NARROW = 2048
+NARROW = 2048  # rows or columns, up to which csrc/batch_linear/ is sooner faster
+MOST_TOKENS = {"narrow": (16, 8), "wide": (32, 16)}  # up to which these kernels are the fastest; with fast memory
 
 
 def norm_linear(
@@ -63,9 +62,13 @@ def linear_add_squares(
 
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels can run a product of this shape here, and are the fastest (docs/cuda-ops.md)."""
-    if not 1 <= num_tokens <= MAX_TOKENS or not one_kernel.takes(num_rows, size, dtype, device):
-        return False
-    return num_tokens <= ALWAYS_TOKENS or (min(num_rows, size) > NARROW and not one_kernel.has_fast_memory(device))
+    most = most_tokens(min(num_rows, size), one_kernel.has_fast_memory(device))
+    return 1 <= num_tokens <= most and one_kernel.takes(num_rows, size, dtype, device)
+
+
+def most_tokens(width: int, fast_memory: bool) -> int:
+    """Up to how many tokens these kernels are the fastest for products of `width` rows or columns, if not more."""
+    return MOST_TOKENS["narrow" if width <= NARROW else "wide"][fast_memory]
 
 
 @functools.cache
