@@ -92,6 +92,11 @@ def test_fake_ops_allocate_the_output():
 
 
 @pytest.mark.nvcc
+@pytest.mark.parametrize("num_units", (1, 8, 64, 120, 136, 160))
+def test_other_grids_leave_no_multiprocessor_idle(num_units):
+    assert ops.choose_grid(num_units, 132) == 132
+
+
 class TestLibrary:
     """The compiled library, which loads and rejects arguments without a GPU."""
 
@@ -153,6 +158,15 @@ class TestLibrary:
             for r in range(grid):
                 for tile in {first[r], first[r + 1] - 1} if sizes[r] else ():
                     assert ops.library().range_of(tile, tiles, grid, min_tiles) == r
+
+    @pytest.mark.parametrize("unit_tiles", (1, 3, 9, 33, 64, 700))
+    @pytest.mark.parametrize("num_units", (128, 264, 512, 2048))
+    def test_the_grid_chosen_cuts_no_unit_of_equal_rows(self, num_units, unit_tiles):
+        grid = ops.choose_grid(num_units, 132)
+        assert 126 <= grid <= 132
+        first = ops.library().first_tiles(num_units * unit_tiles, grid, 1)
+        assert all(tile % unit_tiles == 0 for tile in first)
+        assert {b - a for a, b in pairwise(first)} == {num_units // grid * unit_tiles}
 
     def test_long_work_is_even(self):
         first = ops.library().first_tiles(8192, 132, 1)

@@ -1,6 +1,6 @@
 // Split-KV flash-decode: one query token a row against its cached keys and values, one launch.
 //
-// Grid: one block a multiprocessor, whatever the batch and the lengths; block i takes range (grid - 1 - i) of
+// Grid: about one block a multiprocessor, whatever the lengths; block i takes range (grid - 1 - i) of
 // schedule.cuh. Block: kComputeWarps warps that compute, one that loads tiles and one that prepares queries, both as
 // far ahead as shared memory allows. A tile is 64 tokens of one kv head, K and V apart; warps 0-3 take the even tiles
 // of the range together, warps 4-7 the odd ones (tile_math.cuh). At the end of a piece the two groups are merged; a

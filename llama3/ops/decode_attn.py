@@ -11,18 +11,21 @@ The cache is [num_blocks, num_kv_heads, 64, head_dim], in any strides with conti
 from __future__ import annotations
 
 import functools
+import math
 from types import ModuleType
 
 import torch
 
 from llama3.errors import UserError
 from llama3.kv_cache import BLOCK_SIZE
+from llama3.ops.one_kernel import num_sms
 from llama3.ops.tensor_error import wrong_tensor
 
 VERSIONS = ("naive", "split", "tensor_core", "ring", "tma")  # the ladder of docs/decode-attention.md, slowest first
 MAX_GROUP = 8
 HEAD_DIMS = (64, 128)
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # the numbers of common::Dtype
+ENOUGH_SMS = 0.95  # of all: with so many at work memory is as busy
 
 
 def decode_attn(
@@ -151,7 +154,7 @@ def make_workspace(device: torch.device | str = "cuda") -> torch.Tensor:
     """Scratch for one caller at a time on `device`: fp32 partials (int32 bit patterns) in two buffers, of which every
     launch empties the one that the next will use; see csrc/decode_attn/merge.cuh."""
     device = torch.device(device)
-    words = library().workspace_floats(VERSIONS.index("tma"), 1, 1, 1, 128, _grid(device))
+    words = library().workspace_floats(VERSIONS.index("tma"), 1, 1, 1, 128, num_sms(device))
     workspace = torch.full((words,), _signed(library().empty_word), dtype=torch.int32, device=device)
     workspace.view(-1, library().range_floats)[:, 2 * library().partial_floats :] = 0  # the number of launches
     return workspace
@@ -170,8 +173,11 @@ def _signed(word: int) -> int:
 
 
 @functools.cache
-def _grid(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def choose_grid(num_units: int, num_sms: int) -> int:
+    """Blocks for so many pairs of row and kv head: one a multiprocessor, or nearly as many if each then has as many
+    pairs. Rows of equal length are then cut nowhere, and no partial results merged."""
+    fewest = math.ceil(num_sms * ENOUGH_SMS)
+    return next((grid for grid in range(num_sms, fewest - 1, -1) if num_units % grid == 0), num_sms)
 
 
 @functools.cache
@@ -359,8 +365,8 @@ def _launch(
     version, pdl, grid, min_tiles = options
     device = k_cache.device
     version = _best_version(device) if version < 0 else version
-    grid = grid or _grid(device)
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    grid = grid or choose_grid(arguments["batch"] * num_kv_heads, num_sms(device))
     needed = library().workspace_floats(
         version, arguments["batch"], arguments["num_heads"], num_kv_heads, head_dim, grid
     )
