@@ -117,23 +117,11 @@ void launch(const Problem& q, const Squares& squares, const Plan& plan, bool ove
     CUtensorMap weight = common::panel_map(q.weight, q.num_rows, q.size, many_tiles ? kBoxRows : p.tile_rows, panels);
     CUtensorMap x = common::panel_map(q.x, q.num_tokens, q.size, tokens, panels);
 
-    cudaLaunchAttribute attributes[2]{};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = p.splits;
-    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
     const int blocks = many_tiles ? std::min(common::multiprocessors(), divide_up(q.num_rows, kBoxRows))
                                   : divide_up(q.num_rows, p.tile_rows) * p.splits;
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(threads(q.form));
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    config.attrs = p.splits > 1 ? attributes : attributes + 1;
-    config.numAttrs = (p.splits > 1) + overlap;
+    common::LaunchConfig config(dim3(blocks), threads(q.form), bytes, stream);
     void* arguments[] = {&weight, &x, &p};
-    CHECK_CUDA(cudaLaunchKernelExC(&config, kernel.function, arguments));
+    config.in_clusters(p.splits).overlapping(overlap).launch(kernel.function, arguments);
 }
 
 }  // namespace batch_linear

@@ -1,4 +1,4 @@
-// Launching a kernel, optionally with programmatic dependent launch (PDL).
+// Launching a kernel, optionally in clusters and with programmatic dependent launch (PDL).
 #pragma once
 #include <cuda_runtime.h>
 
@@ -14,24 +14,61 @@ inline int multiprocessors() {
     return count;
 }
 
-// `overlap`: the kernel may start while the previous one on the stream still runs. It then must call
-// wait_for_previous_kernel() in every thread before it touches anything but constants, and allow_next_kernel() only
-// after that, so that a kernel's start implies that everything before its predecessor is complete. (Decode attention
-// does so at once: its successor may read nothing but constants before its own wait.)
+// Grid, block and attributes of a launch. It points into itself.
+class LaunchConfig {
+  public:
+    LaunchConfig(dim3 grid, int threads, int shared_bytes, cudaStream_t stream) {
+        config_.gridDim = grid;
+        config_.blockDim = dim3(threads);
+        config_.dynamicSmemBytes = shared_bytes;
+        config_.stream = stream;
+        config_.attrs = attributes_;
+    }
+    LaunchConfig(const LaunchConfig&) = delete;
+
+    // Clusters of so many blocks, neighbours in x.
+    LaunchConfig& in_clusters(int blocks) {
+        if (blocks > 1) add(cudaLaunchAttributeClusterDimension).clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+        return *this;
+    }
+    // Otherwise clusters are packed onto few multiprocessors while others idle.
+    LaunchConfig& spread_clusters() {
+        add(cudaLaunchAttributeClusterSchedulingPolicyPreference).clusterSchedulingPolicyPreference =
+            cudaClusterSchedulingPolicyLoadBalancing;
+        return *this;
+    }
+    // The kernel may start while the previous one on the stream still runs. It then must call
+    // wait_for_previous_kernel() in every thread before it touches anything but constants, and allow_next_kernel() only
+    // after that, so that a kernel's start implies that everything before its predecessor is complete. (Decode
+    // attention does so at once: its successor may read nothing but constants before its own wait.)
+    LaunchConfig& overlapping(bool overlap = true) {
+        if (overlap) add(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
+        return *this;
+    }
+
+    const cudaLaunchConfig_t& get() const { return config_; }
+    // `arguments`: a pointer to each.
+    void launch(const void* kernel, void** arguments) const {
+        CHECK_CUDA(cudaLaunchKernelExC(&config_, kernel, arguments));
+    }
+
+  private:
+    cudaLaunchAttributeValue& add(cudaLaunchAttributeID id) {
+        cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
+        attribute.id = id;
+        return attribute.val;
+    }
+
+    cudaLaunchAttribute attributes_[3]{};
+    cudaLaunchConfig_t config_{};
+};
+
+// A launch of a kernel whose parameters the compiler knows, without clusters.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream, bool overlap,
             const Arguments&... arguments) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = overlap ? 1 : 0;
-    CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+    LaunchConfig config(grid, threads, shared_bytes, stream);
+    CHECK_CUDA(cudaLaunchKernelEx(&config.overlapping(overlap).get(), kernel, Parameters(arguments)...));
 }
 
 }  // namespace common

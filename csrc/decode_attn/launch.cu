@@ -1,5 +1,6 @@
 #include <string>
 
+#include "common/launch.h"
 #include "common/require.h"
 #include "common/tensor_map.h"
 #include "decode_attn/ladder.h"
@@ -102,18 +103,9 @@ void launch(Params p, const Launch& how) {
         maps.v = cache_maps(p.v_cache, how, p.num_kv_heads, p.stride_v_block, p.stride_v_head, p.stride_v_token);
     }
 
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(how.grid);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = how.stream;
-    config.attrs = &attribute;
-    config.numAttrs = how.pdl ? 1 : 0;
+    common::LaunchConfig config(dim3(how.grid), kThreads, bytes, how.stream);
     void* arguments[] = {&p, &maps};
-    CHECK_CUDA(cudaLaunchKernelExC(&config, kernel, arguments));
+    config.overlapping(how.pdl).launch(kernel, arguments);
 }
 
 }  // namespace decode_attn

@@ -62,25 +62,6 @@ Kernel kernel_for(const Gemm& g, const Plan& plan, common::Dtype dtype) {
     throw std::invalid_argument("unknown epilogue");
 }
 
-struct Config {
-    cudaLaunchAttribute attributes[2]{};
-    cudaLaunchConfig_t config{};
-    Config(int clusters, const Kernel& kernel, cudaStream_t stream) {
-        attributes[0].id = cudaLaunchAttributeClusterDimension;
-        attributes[0].val.clusterDim.x = kCluster;
-        attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-        attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[1].val.programmaticStreamSerializationAllowed = 1;
-        config.gridDim = dim3(clusters * kCluster);
-        config.blockDim = dim3(kThreads);
-        config.dynamicSmemBytes = kernel.shared_bytes;
-        config.stream = stream;
-        config.attrs = attributes;
-        config.numAttrs = 2;
-    }
-    Config(const Config&) = delete;  // it points into itself
-};
-
 // Clusters of a kernel that the current device runs at once; asked once per kernel and device.
 int clusters_at_once(const Kernel& kernel) {
     static std::mutex mutex;
@@ -90,9 +71,8 @@ int clusters_at_once(const Kernel& kernel) {
     const std::lock_guard<std::mutex> lock(mutex);
     int& count = known[{kernel.function, device}];
     if (count) return count;
-    Config one(1, kernel, nullptr);
-    one.config.numAttrs = 1;  // the cluster's size
-    CHECK_CUDA(cudaOccupancyMaxActiveClusters(&count, kernel.function, &one.config));
+    common::LaunchConfig one(dim3(kCluster), kThreads, kernel.shared_bytes, nullptr);
+    CHECK_CUDA(cudaOccupancyMaxActiveClusters(&count, kernel.function, &one.in_clusters(kCluster).get()));
     return count;
 }
 
@@ -155,9 +135,9 @@ void launch(const Gemm& g, const Plan& plan, const Workspace& workspace, const L
     TensorMaps maps = maps_of(g, plan, how.dtype);
     const int clusters = std::min(common::multiprocessors() / kCluster, tiling.parts);
     tiling.claimed = tiling.parts >= kMinClaimedRounds * clusters && tiling.steps >= kMinClaimedSteps;
-    const Config launch(clusters, kernel, how.stream);
+    common::LaunchConfig config(dim3(clusters * kCluster), kThreads, kernel.shared_bytes, how.stream);
     void* arguments[] = {&maps, &tiling, &exchange};
-    CHECK_CUDA(cudaLaunchKernelExC(&launch.config, kernel.function, arguments));
+    config.in_clusters(kCluster).overlapping().launch(kernel.function, arguments);
 }
 
 }  // namespace gemm

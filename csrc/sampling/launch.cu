@@ -1,7 +1,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/cuda_check.h"
+#include "common/launch.h"
 #include "common/require.h"
 #include "sampling/instances.cuh"
 
@@ -49,24 +49,11 @@ void launch(Params p, const Launch& how) {
     if (how.blocks_per_row > kPortableBlocksPerRow) {
         CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     }
-    cudaLaunchAttribute attributes[3]{};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(how.blocks_per_row, p.batch);
-    config.blockDim = dim3(kThreads);
-    config.stream = how.stream;
-    config.attrs = attributes;
-    if (how.blocks_per_row > 1) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(how.blocks_per_row), 1, 1};
-        // Otherwise clusters are packed onto few multiprocessors while others idle.
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
-        attributes[config.numAttrs++].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicyLoadBalancing;
-    }
-    if (how.overlap) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, p));
+    common::LaunchConfig config(dim3(how.blocks_per_row, p.batch), kThreads, 0, how.stream);
+    config.in_clusters(how.blocks_per_row);
+    if (how.blocks_per_row > 1) config.spread_clusters();
+    void* arguments[] = {&p};
+    config.overlapping(how.overlap).launch(reinterpret_cast<const void*>(kernel), arguments);
 }
 
 }  // namespace sampling

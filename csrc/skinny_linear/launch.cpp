@@ -76,14 +76,6 @@ SharedLayout lay_out(const Params& p, const Shape& shape, int tokens, Form form,
     return s;
 }
 
-cudaLaunchAttribute cluster_attribute(int blocks) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = blocks;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    return attribute;
-}
-
 void check(const Problem& q, const Plan& t) {
     require(q.form == Form::kNormLinear || q.form == Form::kLinearAdd || q.form == Form::kNormSwiGlu,
             "form is " + std::to_string(int(q.form)) + "; supported here: norm_linear, linear_add, norm_swiglu");
@@ -146,18 +138,9 @@ void launch(const Problem& q, const Plan& t, bool overlap, cudaStream_t stream) 
     CUtensorMap weight = common::panel_map(q.weight, q.num_rows, q.size, t.tile_rows, shape.boxes);
     CUtensorMap x = common::panel_map(q.x, q.num_tokens, q.size, tokens, shape.boxes);
 
-    cudaLaunchAttribute attributes[2] = {cluster_attribute(t.splits), {}};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(clusters * t.splits);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = p.layout.bytes;
-    config.stream = stream;
-    config.attrs = t.splits > 1 ? attributes : attributes + 1;
-    config.numAttrs = (t.splits > 1) + overlap;
+    common::LaunchConfig config(dim3(clusters * t.splits), kThreads, p.layout.bytes, stream);
     void* arguments[] = {&weight, &x, &p};
-    CHECK_CUDA(cudaLaunchKernelExC(&config, kernel, arguments));
+    config.in_clusters(t.splits).overlapping(overlap).launch(kernel, arguments);
 }
 
 }  // namespace skinny_linear
