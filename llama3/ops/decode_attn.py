@@ -18,7 +18,7 @@ import torch
 
 from llama3.errors import UserError
 from llama3.kv_cache import BLOCK_SIZE
-from llama3.ops.one_kernel import num_sms
+from llama3.ops import one_kernel
 from llama3.ops.tensor_error import wrong_tensor
 
 VERSIONS = ("naive", "split", "tensor_core", "ring", "tma")  # the ladder of docs/decode-attention.md, slowest first
@@ -154,7 +154,7 @@ def make_workspace(device: torch.device | str = "cuda") -> torch.Tensor:
     """Scratch for one caller at a time on `device`: fp32 partials (int32 bit patterns) in two buffers, of which every
     launch empties the one that the next will use; see csrc/decode_attn/merge.cuh."""
     device = torch.device(device)
-    words = library().workspace_floats(VERSIONS.index("tma"), 1, 1, 1, 128, num_sms(device))
+    words = library().workspace_floats(VERSIONS.index("tma"), 1, 1, 1, 128, one_kernel.num_sms(device))
     workspace = torch.full((words,), _signed(library().empty_word), dtype=torch.int32, device=device)
     workspace.view(-1, library().range_floats)[:, 2 * library().partial_floats :] = 0  # the number of launches
     return workspace
@@ -366,7 +366,7 @@ def _launch(
     device = k_cache.device
     version = _best_version(device) if version < 0 else version
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    grid = grid or choose_grid(arguments["batch"] * num_kv_heads, num_sms(device))
+    grid = grid or choose_grid(arguments["batch"] * num_kv_heads, one_kernel.num_sms(device))
     needed = library().workspace_floats(
         version, arguments["batch"], arguments["num_heads"], num_kv_heads, head_dim, grid
     )

@@ -15,8 +15,9 @@ from llama3.ops import one_kernel
 from llama3.ops.skinny_plans import TOKEN_COUNTS, Plan, choose_plan
 
 MAX_TOKENS = TOKEN_COUNTS[-1]
-NARROW = 2048  # rows or columns, up to which csrc/batch_linear/ is sooner faster
-MOST_TOKENS = {"narrow": (16, 8), "wide": (32, 16)}  # up to which these kernels are the fastest; with fast memory
+NARROW = 2048  # rows or columns: with so many or fewer csrc/batch_linear/ is faster for fewer tokens than else
+# Up to which these kernels are the fastest, without fast memory and with it.
+MOST_TOKENS = {"narrow": (16, 8), "wide": (32, 16)}
 
 
 def norm_linear(
