@@ -91,12 +91,12 @@ def test_fake_ops_allocate_the_output():
     assert ops.rope_append_decode(**meta).shape == (3, 32 * 128)
 
 
-@pytest.mark.nvcc
 @pytest.mark.parametrize("num_units", (1, 8, 64, 120, 136, 160))
 def test_other_grids_leave_no_multiprocessor_idle(num_units):
     assert ops.choose_grid(num_units, 132) == 132
 
 
+@pytest.mark.nvcc
 class TestLibrary:
     """The compiled library, which loads and rejects arguments without a GPU."""
 

@@ -26,15 +26,14 @@ class LaunchConfig {
     }
     LaunchConfig(const LaunchConfig&) = delete;
 
-    // Clusters of so many blocks, neighbours in x.
-    LaunchConfig& in_clusters(int blocks) {
-        if (blocks > 1) add(cudaLaunchAttributeClusterDimension).clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-        return *this;
-    }
-    // Otherwise clusters are packed onto few multiprocessors while others idle.
-    LaunchConfig& spread_clusters() {
-        add(cudaLaunchAttributeClusterSchedulingPolicyPreference).clusterSchedulingPolicyPreference =
-            cudaClusterSchedulingPolicyLoadBalancing;
+    // Clusters of so many blocks, neighbours in x. `spread`: otherwise they are packed onto few multiprocessors
+    // while others idle.
+    LaunchConfig& in_clusters(int blocks, bool spread = false) {
+        if (blocks == 1) return *this;
+        add(cudaLaunchAttributeClusterDimension).clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+        if (spread)
+            add(cudaLaunchAttributeClusterSchedulingPolicyPreference).clusterSchedulingPolicyPreference =
+                cudaClusterSchedulingPolicyLoadBalancing;
         return *this;
     }
     // The kernel may start while the previous one on the stream still runs. It then must call

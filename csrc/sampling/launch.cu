@@ -50,10 +50,10 @@ void launch(Params p, const Launch& how) {
         CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     }
     common::LaunchConfig config(dim3(how.blocks_per_row, p.batch), kThreads, 0, how.stream);
-    config.in_clusters(how.blocks_per_row);
-    if (how.blocks_per_row > 1) config.spread_clusters();
     void* arguments[] = {&p};
-    config.overlapping(how.overlap).launch(reinterpret_cast<const void*>(kernel), arguments);
+    config.in_clusters(how.blocks_per_row, true)
+        .overlapping(how.overlap)
+        .launch(reinterpret_cast<const void*>(kernel), arguments);
 }
 
 }  // namespace sampling

@@ -71,7 +71,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, plan: Plan | None = None) -> t
 
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels can run a product of this shape here, and are the fastest (docs/cuda-ops.md)."""
-    return suits(num_tokens, min(num_rows, size), device) and one_kernel.takes(num_rows, size, dtype, device)
+    return one_kernel.takes(num_rows, size, dtype, device) and suits(num_tokens, min(num_rows, size), device)
 
 
 def suits(num_tokens: int, width: int, device: torch.device) -> bool:

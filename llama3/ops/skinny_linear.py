@@ -12,9 +12,8 @@ from types import ModuleType
 import torch
 
 from llama3.ops import one_kernel
-from llama3.ops.skinny_plans import TOKEN_COUNTS, Plan, choose_plan
+from llama3.ops.skinny_plans import Plan, choose_plan
 
-MAX_TOKENS = TOKEN_COUNTS[-1]
 NARROW = 2048  # rows or columns: with so many or fewer csrc/batch_linear/ is faster for fewer tokens than else
 # Up to which these kernels are the fastest, without fast memory and with it.
 MOST_TOKENS = {"narrow": (16, 8), "wide": (32, 16)}
@@ -63,8 +62,9 @@ def linear_add_squares(
 
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels can run a product of this shape here, and are the fastest (docs/cuda-ops.md)."""
-    most = most_tokens(min(num_rows, size), one_kernel.has_fast_memory(device))
-    return 1 <= num_tokens <= most and one_kernel.takes(num_rows, size, dtype, device)
+    if not one_kernel.takes(num_rows, size, dtype, device):
+        return False
+    return 1 <= num_tokens <= most_tokens(min(num_rows, size), one_kernel.has_fast_memory(device))
 
 
 def most_tokens(width: int, fast_memory: bool) -> int:
