@@ -17,7 +17,8 @@ from llama3.ops import elementwise, one_kernel, skinny_linear
 from llama3.ops.batch_plans import TOKEN_COUNTS, UNIT_ROWS, Plan, choose_plan
 from llama3.ops.one_kernel import squares_argument
 
-MAX_TOKENS = TOKEN_COUNTS[-1]
+# With fewer tokens csrc/skinny_linear/ is always faster; but not at the head.
+MIN_TOKENS, MAX_TOKENS = 1 + min(map(min, skinny_linear.MOST_TOKENS.values())), TOKEN_COUNTS[-1]
 FAST_MEMORY_TOKENS = 64  # with more, cuBLASLt is faster on GPUs of fast memory
 
 
@@ -71,15 +72,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, plan: Plan | None = None) -> t
 
 def pays(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels can run a product of this shape here, and are the fastest (docs/cuda-ops.md)."""
-    return one_kernel.takes(num_rows, size, dtype, device) and suits(num_tokens, min(num_rows, size), device)
-
-
-def suits(num_tokens: int, width: int, device: torch.device) -> bool:
-    """Whether so many tokens are too many for `skinny_linear`, in products of `width` rows or columns, and not too many
-    for these kernels."""
+    if not one_kernel.takes(num_rows, size, dtype, device):
+        return False
     fast_memory = one_kernel.has_fast_memory(device)
     most = FAST_MEMORY_TOKENS if fast_memory else MAX_TOKENS
-    return skinny_linear.most_tokens(width, fast_memory) < num_tokens <= most
+    return skinny_linear.most_tokens(min(num_rows, size), fast_memory) < num_tokens <= most
 
 
 def pays_at_head(num_tokens: int, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:

@@ -69,7 +69,7 @@ class CudaOps:
         return max_batch(config.head_dim, device)
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return elementwise.embed(token_ids, table, batch_linear.suits(len(token_ids), table.shape[-1], table.device))
+        return elementwise.embed(token_ids, table, batch_linear.MIN_TOKENS <= len(token_ids) <= batch_linear.MAX_TOKENS)
 
     def norm_linear(
         self,
