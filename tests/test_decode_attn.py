@@ -91,7 +91,7 @@ def test_fake_ops_allocate_the_output():
     assert ops.rope_append_decode(**meta).shape == (3, 32 * 128)
 
 
-@pytest.mark.parametrize("num_units", (1, 8, 64, 120, 136, 160))
+@pytest.mark.parametrize("num_units", (1, 8, 64, 120, 136, 256, 2048))
 def test_other_grids_leave_no_multiprocessor_idle(num_units):
     assert ops.choose_grid(num_units, 132) == 132
 
@@ -160,13 +160,11 @@ class TestLibrary:
                     assert ops.library().range_of(tile, tiles, grid, min_tiles) == r
 
     @pytest.mark.parametrize("unit_tiles", (1, 3, 9, 33, 64, 700))
-    @pytest.mark.parametrize("num_units", (128, 264, 512, 2048))
+    @pytest.mark.parametrize("num_units", (126, 128, 132))
     def test_the_grid_chosen_cuts_no_unit_of_equal_rows(self, num_units, unit_tiles):
         grid = ops.choose_grid(num_units, 132)
-        assert 126 <= grid <= 132
         first = ops.library().first_tiles(num_units * unit_tiles, grid, 1)
-        assert all(tile % unit_tiles == 0 for tile in first)
-        assert {b - a for a, b in pairwise(first)} == {num_units // grid * unit_tiles}
+        assert first == [unit * unit_tiles for unit in range(num_units + 1)]
 
     def test_long_work_is_even(self):
         first = ops.library().first_tiles(8192, 132, 1)

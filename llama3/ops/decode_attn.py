@@ -11,7 +11,6 @@ The cache is [num_blocks, num_kv_heads, 64, head_dim], in any strides with conti
 from __future__ import annotations
 
 import functools
-import math
 from types import ModuleType
 
 import torch
@@ -172,12 +171,10 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-@functools.cache
 def choose_grid(num_units: int, num_sms: int) -> int:
-    """Blocks for so many pairs of row and kv head: one a multiprocessor, or nearly as many if each then has as many
-    pairs. Rows of equal length are then cut nowhere, and no partial results merged."""
-    fewest = math.ceil(num_sms * ENOUGH_SMS)
-    return next((grid for grid in range(num_sms, fewest - 1, -1) if num_units % grid == 0), num_sms)
+    """Blocks for so many pairs of row and kv head: one a multiprocessor, or one a pair if they are nearly as many.
+    Rows of equal length are then cut nowhere, and no partial results merged."""
+    return num_units if num_sms * ENOUGH_SMS <= num_units <= num_sms else num_sms
 
 
 @functools.cache
