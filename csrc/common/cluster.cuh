@@ -28,8 +28,8 @@ __device__ __forceinline__ uint32_t in_block(uint32_t address, uint32_t rank) {
 
 // For what orders no stores of this thread's before others' accesses: a release to the cluster would be a fence of the
 // whole GPU, half a microsecond.
-__device__ __forceinline__ void arrive_remote(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void arrive_remote(uint32_t barrier, int count = 1) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
 // Stores into another block's shared memory; its barrier counts the bytes.

@@ -7,6 +7,8 @@
 //   load     x and weight, 64 columns of the inner dimension a stage, into a ring    runs ahead into the next tile
 //   math     ring -> accumulators -> staging buffers
 //   store    staging buffers -> out; brings the residual into a buffer before math fills it
+// Some tiles are staged in the ring: behind the last step load gives math one stage more, with the residual in it, and
+// store empties that.
 //
 // Where tiles are fewer than clusters, the inner dimension of each is shared out among kSplits clusters, which exchange
 // sums before the epilogue (exchange.cuh). Then every cluster has one part of one tile.
@@ -45,7 +47,28 @@ struct Shared {
                 of_buffers + kOfBuffers,
                 {of_claims, of_claims + 8 * kClaimSlots}};
     }
+    // A buffer of a stage that serves for them.
+    __device__ __forceinline__ uint32_t in_stage(int slot, int group, int box) const {
+        return ring + slot * Shape::kStageBytes + (group * Shape::kBoxes + box) * kBufferBytes;
+    }
 };
+
+// The first column of box `box` among those that a part finishes. Where boxes do not divide them, the last box starts
+// in the one before, and writes some columns once more with the same values.
+template <typename Shape>
+__device__ __forceinline__ constexpr int box_column(int box) {
+    const int column = box * kBoxColumns, last = Shape::kColumns - kBoxColumns;
+    return column < last ? column : last;
+}
+
+// Where the boxes of a warpgroup lie in out.
+template <typename Shape>
+__device__ __forceinline__ int out_column(const Tile& tile, int box) {
+    return (tile.row * Shape::kSplits + tile.part) * Shape::kColumns + box_column<Shape>(box);
+}
+__device__ __forceinline__ int out_token(const Tile& tile, int rank, int group) {
+    return (tile.token * kCluster + rank) * kTileTokens + group * kGroupTokens;
+}
 
 // Weights are constants: as many as the ring holds are asked for before the previous kernel has ended.
 template <typename Shape>
@@ -65,6 +88,20 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
     const auto load_x = [&](int slot, int step, const Tile& tile) {
         copy_box(s.ring + slot * Shape::kStageBytes, &maps.x, s.full + 8 * slot, (tile.first + step) * kStageColumns,
                  (tile.token * kCluster + rank) * kTileTokens);
+    };
+    const auto give_stage = [&](int slot, const Tile& tile) {
+        const uint32_t full = s.full + 8 * slot;
+        if constexpr (Shape::kEpilogue != Epilogue::kResidual) {
+            common::mbarrier_arrive(full);
+        } else {
+            common::mbarrier_expect(full, Shape::kTileBytes);
+#pragma unroll
+            for (int i = 0; i < kMathGroups * Shape::kBoxes; ++i) {
+                const int group = i / Shape::kBoxes, box = i % Shape::kBoxes;
+                copy_box(s.in_stage(slot, group, box), &maps.residual, full, out_column<Shape>(tile, box),
+                         out_token(tile, rank, group));
+            }
+        }
     };
     TileWalk walk{t, s.claims};
     const Tile first = tile_at<Shape::kSplits>(t, walk.index);
@@ -87,16 +124,13 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
             if (claims_tiles && step == tile.steps - kClaimStep) claim = claim_tile();
             if (claims_tiles && step == tile.steps - kSendStep) send_claim(walk, claim);
         }
+        if constexpr (Shape::kInRing) {
+            common::mbarrier_wait(s.empty + 8 * at.slot, at.parity ^ 1);
+            give_stage(at.slot, tile);
+            at.advance();
+        }
         step = 0;
     }
-}
-
-// The first column of box `box` among those that a part finishes. Where boxes do not divide them, the last box starts
-// in the one before, and writes some columns once more with the same values.
-template <typename Shape>
-__device__ __forceinline__ constexpr int box_column(int box) {
-    const int column = box * kBoxColumns, last = Shape::kColumns - kBoxColumns;
-    return column < last ? column : last;
 }
 
 // Where the boxes of one warpgroup's output lie, in order.
@@ -105,12 +139,8 @@ struct BoxWalk {
     TileWalk tiles;
     int rank, group, box = 0;
     __device__ __forceinline__ Tile tile() const { return tile_at<Shape::kSplits>(tiles.t, tiles.index); }
-    __device__ __forceinline__ int token() const {
-        return (tile().token * kCluster + rank) * kTileTokens + group * kGroupTokens;
-    }
-    __device__ __forceinline__ int column() const {
-        return (tile().row * Shape::kSplits + tile().part) * Shape::kColumns + box_column<Shape>(box);
-    }
+    __device__ __forceinline__ int token() const { return out_token(tile(), rank, group); }
+    __device__ __forceinline__ int column() const { return out_column<Shape>(tile(), box); }
     __device__ __forceinline__ bool done() const { return tiles.done(); }
     __device__ __forceinline__ void advance() {
         if (++box == Shape::kBoxes) box = 0, tiles.advance();
@@ -144,6 +174,29 @@ __device__ void store_tiles(const TensorMaps& maps, const Tiling& t, const Share
     wait_stores();
 }
 
+// The same for stages that serve as buffers: the one behind each tile's last step, given back to both blocks' loads in
+// the name of the warps that filled it.
+template <typename Shape>
+__device__ void store_stages(const TensorMaps& maps, const Tiling& t, const Shared<Shape>& s, int rank, int group) {
+    common::wait_for_previous_kernel();
+    int slot = 0;
+    uint32_t parity = 0;
+    for (TileWalk walk{t, s.claims}; !walk.done(); walk.advance(), parity ^= 1) {
+        const Tile tile = tile_at<Shape::kSplits>(t, walk.index);
+        slot = (slot + tile.steps) % Shape::kStages;
+        common::mbarrier_wait(s.staged + 8 * group, parity);
+#pragma unroll
+        for (int box = 0; box < Shape::kBoxes; ++box)
+            store_box(&maps.out, s.in_stage(slot, group, box), out_column<Shape>(tile, box),
+                      out_token(tile, rank, group));
+        wait_stores_read();
+        for (int block = 0; block < kCluster; ++block)
+            common::arrive_remote(common::in_block(s.empty + 8 * slot, block), kMathWarps / kMathGroups);
+        slot = (slot + 1) % Shape::kStages;
+    }
+    wait_stores();
+}
+
 __device__ __forceinline__ float silu(float x) {
     return __fdividef(x, 1 + __expf(-x));
 }
@@ -161,29 +214,35 @@ __device__ __forceinline__ uint32_t finish(const float (&d)[Shape::kFragment], i
     }
 }
 
+// Box `box` of a warpgroup's accumulators to the buffer at `buffer`.
+template <typename T, typename Shape>
+__device__ __forceinline__ void stage_box(const float (&d)[Shape::kFragment], uint32_t buffer, int box) {
+    constexpr int kApart =
+        Shape::kEpilogue == Epilogue::kSwiglu ? 8 : 4;  // accumulators from one 8 columns to the next
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const uint32_t row = buffer + (warp * 16 + lane % 16) * (kBoxColumns * 2);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {  // of 8 columns: matrices (rows 0 to 7, rows 8 to 15) of each
+        const uint32_t address = row + (((2 * pair + lane / 16) ^ (lane % 8)) * 16);
+        const int unit = box_column<Shape>(box) / 8 + 2 * pair;
+        uint32_t words[4] = {};
+        if constexpr (Shape::kEpilogue == Epilogue::kResidual) common::ldmatrix_x4(words, address);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = finish<T, Shape>(d, (unit + i / 2) * kApart + i % 2 * 2, words[i]);
+        stmatrix_x4(address, words);
+    }
+    common::fence_async_proxy();
+}
+
 // A warpgroup's accumulators to its staging buffers, in the order of BoxWalk.
 template <typename T, typename Shape>
 __device__ __forceinline__ void stage_tile(const float (&d)[Shape::kFragment], const Shared<Shape>& s, int group,
                                            Cursor<Shape::kBuffers>& at) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    constexpr int kApart =
-        Shape::kEpilogue == Epilogue::kSwiglu ? 8 : 4;  // accumulators from one 8 columns to the next
 #pragma unroll
     for (int box = 0; box < Shape::kBoxes; ++box, at.advance()) {
         const int buffer = group * Shape::kBuffers + at.slot;
-        const uint32_t row = s.buffers + buffer * kBufferBytes + (warp * 16 + lane % 16) * (kBoxColumns * 2);
         common::mbarrier_wait(s.ready + 8 * buffer, at.parity);
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {  // of 8 columns: matrices (rows 0 to 7, rows 8 to 15) of each
-            const uint32_t address = row + (((2 * pair + lane / 16) ^ (lane % 8)) * 16);
-            const int unit = box_column<Shape>(box) / 8 + 2 * pair;
-            uint32_t words[4] = {};
-            if constexpr (Shape::kEpilogue == Epilogue::kResidual) common::ldmatrix_x4(words, address);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) words[i] = finish<T, Shape>(d, (unit + i / 2) * kApart + i % 2 * 2, words[i]);
-            stmatrix_x4(address, words);
-        }
-        common::fence_async_proxy();
+        stage_box<T, Shape>(d, s.buffers + buffer * kBufferBytes, box);
         common::mbarrier_arrive(s.staged + 8 * buffer);
     }
 }
@@ -217,7 +276,15 @@ __device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const 
         wgmma_wait<0>();
         release(before);
         if constexpr (Shape::kSplits > 1) exchange_sums<Shape>(d, exchange, tile.part);
-        stage_tile<T, Shape>(d, s, group, buffer);
+        if constexpr (Shape::kInRing) {
+            common::mbarrier_wait(s.full + 8 * at.slot, at.parity);
+#pragma unroll
+            for (int box = 0; box < Shape::kBoxes; ++box) stage_box<T, Shape>(d, s.in_stage(at.slot, group, box), box);
+            common::mbarrier_arrive(s.staged + 8 * group);
+            at.advance();
+        } else {
+            stage_tile<T, Shape>(d, s, group, buffer);
+        }
     }
 }
 
@@ -251,7 +318,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int mover = warp - kMathWarps;
         if (common::elect_one()) {
             if (mover == 0) load_tiles<Shape>(maps, tiling, s, rank);
-            if (mover == 1 || mover == 2) store_tiles<Shape>(maps, tiling, s, rank, mover - 1);
+            if (mover == 1 || mover == 2) {
+                if constexpr (Shape::kInRing) {
+                    store_stages<Shape>(maps, tiling, s, rank, mover - 1);
+                } else {
+                    store_tiles<Shape>(maps, tiling, s, rank, mover - 1);
+                }
+            }
         }
     } else {
         raise_registers<kMathRegisters>();

@@ -32,13 +32,20 @@ struct Shape {
     static constexpr int kFragment = kRows / 2;               // accumulators of a thread
     static constexpr int kColumns = kRows / (kEpilogue == Epilogue::kSwiglu ? 2 : kSplits);  // of out, a part's
     static constexpr int kBoxes = (kColumns + kBoxColumns - 1) / kBoxColumns;                // of a warpgroup's columns
-    // With a residual, buffers for all of them hide the way there and back.
-    static constexpr int kBuffers = kEpilogue == Epilogue::kResidual || kBoxes < 2 ? kBoxes : 2;
     static constexpr int kWeightBoxRows = kRows / weight_boxes(kSplits);
     static constexpr int kStageBytes = kXBytes + kRows * kStageColumns * 2;
-    static constexpr int kStages = (kMostBytes - kBehindBytes - kMathGroups * kBuffers * kBufferBytes) / kStageBytes;
+    static constexpr int kRoom = kMostBytes - kBehindBytes;
+    // Staging buffers of a warpgroup beside the ring. With a residual, those for all boxes hide the way there and back.
+    static constexpr int kBeside = kEpilogue == Epilogue::kResidual || kBoxes < 2 ? kBoxes : 2;
+    static constexpr int kStagesBeside = (kRoom - kMathGroups * kBeside * kBufferBytes) / kStageBytes;
+    // Where a stage has room for a tile's output, and the ring for one more without buffers beside it, that stage of
+    // the ring which comes behind the tile's last serves as its buffers.
+    static constexpr int kTileBytes = kMathGroups * kBoxes * kBufferBytes;
+    static constexpr bool kInRing = kTileBytes <= kStageBytes && kRoom / kStageBytes > kStagesBeside;
+    static constexpr int kBuffers = kInRing ? kBoxes : kBeside;
+    static constexpr int kStages = kInRing ? kRoom / kStageBytes : kStagesBeside;
     static constexpr int kRingBytes = kStages * kStageBytes;
-    static constexpr int kBytes = kRingBytes + kMathGroups * kBuffers * kBufferBytes;
+    static constexpr int kBytes = kRingBytes + (kInRing ? 0 : kMathGroups * kBuffers * kBufferBytes);
     static constexpr int kSharedBytes = kBytes + kBehindBytes;
     static_assert(kWeightBoxRows % 8 == 0, "the swizzle repeats after 1024 bytes, 8 rows");
     static_assert(kColumns >= kBoxColumns && kColumns % 16 == 0);
