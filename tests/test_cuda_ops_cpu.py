@@ -315,7 +315,7 @@ def test_the_way_of_swiglu_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("LLAMA3_KERNEL_CACHE", str(tmp_path))
     x, gate_up = torch.zeros(2, 16, dtype=BF16), torch.zeros(32, 16, dtype=BF16)
     for i, plan in enumerate((None, gemm.WHOLE, gemm.Plan(224))):
-        monkeypatch.setattr(gemm_search, "fastest", lambda ways, weight, i=i: i)
+        monkeypatch.setattr(gemm_search, "fastest", lambda ways, x, weight, i=i: i)
         assert gemm_search._fastest_swiglu(str(i), x, gate_up, torch.clone) == plan
     monkeypatch.setattr(gemm_search, "fastest", None)
     assert gemm_search._fastest_swiglu("2", x, gate_up, torch.clone) == gemm.Plan(224)
