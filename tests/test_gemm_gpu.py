@@ -107,6 +107,21 @@ def test_swiglu_plans(num_tokens: int) -> None:
         assert torch.equal(result, expected) and torch.equal(gemm.swiglu(x, weight), expected)
 
 
+@pytest.mark.parametrize("size", (8, 72, 136, 328))
+def test_tiles_of_fewer_steps_than_the_ring_has_stages(size: int) -> None:
+    """Many for each cluster, so that several are in the ring at once."""
+    x, weight = normal(2050, size, dtype=torch.bfloat16), normal(16400, size, dtype=torch.bfloat16, scale=size**-0.5)
+    residual, exact = normal(2050, 16400, dtype=torch.bfloat16), x.double() @ weight.double().T
+    products = {plan: gemm.product(x, weight, plan=plan) for plan in PRODUCT_PLANS if plan.splits == 1}
+    added = {plan: gemm.product(x, weight, residual, plan=plan) for plan in products}
+    activated = {plan: gemm.swiglu(x, weight, plan) for plan in gemm.PLANS[gemm.SWIGLU]}
+    assert_within_contract(products[gemm.WHOLE], exact, x @ weight.T)
+    assert_within_contract(added[gemm.WHOLE], exact + residual.double(), ReferenceOps().linear_add(x, weight, residual))
+    assert_within_contract(activated[gemm.WHOLE], silu_mul(exact), silu_mul(x @ weight.T))
+    for results in (products, added, activated):
+        assert all(torch.equal(result, results[gemm.WHOLE]) for result in results.values())
+
+
 @pytest.mark.parametrize("plan", [gemm.Plan(224), *PRODUCT_PLANS])
 def test_no_plan_writes_beyond_the_output(plan: gemm.Plan) -> None:
     x, weight = normal(130, 512, dtype=torch.bfloat16), normal(272, 512, dtype=torch.bfloat16)

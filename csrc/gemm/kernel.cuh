@@ -33,7 +33,7 @@ template <typename Shape>
 struct Shared {
     uint32_t ring, buffers;  // addresses
     uint32_t full, empty;    // of the ring's stages
-    uint32_t ready, staged;  // of the staging buffers: may be filled, are filled
+    uint32_t ready, staged;  // of the staging buffers, or of all in a stage: may be filled, are filled
     Claims claims;
     __device__ __forceinline__ static Shared at(uint32_t base) {
         constexpr int kOfRing = 8 * Shape::kStages, kOfBuffers = 8 * kMathGroups * Shape::kBuffers;
@@ -175,21 +175,23 @@ __device__ void store_tiles(const TensorMaps& maps, const Tiling& t, const Share
 }
 
 // The same for stages that serve as buffers: the one behind each tile's last step, given back to both blocks' loads in
-// the name of the warps that filled it.
+// the name of the warps that filled it. Tiles of few steps have several of them in the ring: math fills one at a time.
 template <typename Shape>
 __device__ void store_stages(const TensorMaps& maps, const Tiling& t, const Shared<Shape>& s, int rank, int group) {
     common::wait_for_previous_kernel();
     int slot = 0;
-    uint32_t parity = 0;
-    for (TileWalk walk{t, s.claims}; !walk.done(); walk.advance(), parity ^= 1) {
+    Cursor<Shape::kBuffers> at;
+    common::mbarrier_arrive(s.ready + 8 * group);
+    for (TileWalk walk{t, s.claims}; !walk.done(); walk.advance(), at.advance()) {
         const Tile tile = tile_at<Shape::kSplits>(t, walk.index);
         slot = (slot + tile.steps) % Shape::kStages;
-        common::mbarrier_wait(s.staged + 8 * group, parity);
+        common::mbarrier_wait(s.staged + 8 * group, at.parity);
 #pragma unroll
         for (int box = 0; box < Shape::kBoxes; ++box)
             store_box(&maps.out, s.in_stage(slot, group, box), out_column<Shape>(tile, box),
                       out_token(tile, rank, group));
         wait_stores_read();
+        common::mbarrier_arrive(s.ready + 8 * group);
         for (int block = 0; block < kCluster; ++block)
             common::arrive_remote(common::in_block(s.empty + 8 * slot, block), kMathWarps / kMathGroups);
         slot = (slot + 1) % Shape::kStages;
@@ -278,10 +280,11 @@ __device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const 
         if constexpr (Shape::kSplits > 1) exchange_sums<Shape>(d, exchange, tile.part);
         if constexpr (Shape::kInRing) {
             common::mbarrier_wait(s.full + 8 * at.slot, at.parity);
+            common::mbarrier_wait(s.ready + 8 * group, buffer.parity);
 #pragma unroll
             for (int box = 0; box < Shape::kBoxes; ++box) stage_box<T, Shape>(d, s.in_stage(at.slot, group, box), box);
             common::mbarrier_arrive(s.staged + 8 * group);
-            at.advance();
+            at.advance(), buffer.advance();
         } else {
             stage_tile<T, Shape>(d, s, group, buffer);
         }

@@ -42,7 +42,7 @@ struct Shape {
     // the ring which comes behind the tile's last serves as its buffers.
     static constexpr int kTileBytes = kMathGroups * kBoxes * kBufferBytes;
     static constexpr bool kInRing = kTileBytes <= kStageBytes && kRoom / kStageBytes > kStagesBeside;
-    static constexpr int kBuffers = kInRing ? kBoxes : kBeside;
+    static constexpr int kBuffers = kInRing ? 1 : kBeside;
     static constexpr int kStages = kInRing ? kRoom / kStageBytes : kStagesBeside;
     static constexpr int kRingBytes = kStages * kStageBytes;
     static constexpr int kBytes = kRingBytes + (kInRing ? 0 : kMathGroups * kBuffers * kBufferBytes);
