@@ -285,7 +285,7 @@ def test_the_search_runs_the_plan_it_picks(monkeypatch: pytest.MonkeyPatch, tmp_
         plans = gemm.plans_for(gemm.PLAIN, x, weight)
         assert plans
         for i in range(len(plans)):
-            monkeypatch.setattr(gemm_search, "fastest", lambda ways, weight, i=i: len(ways) - 1 - i)
+            monkeypatch.setattr(gemm_search, "fastest", lambda ways, x, weight, i=i: len(ways) - 1 - i)
             monkeypatch.setattr(gemm_search, "_measured", {})
             gemm_search.cache_path().unlink(missing_ok=True)
             result = linear.product(x, weight)

@@ -165,15 +165,18 @@ def _copies(weight: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _capture(way: Way, neighbour: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.cuda.CUDAGraph:
-    way(weights[0])  # what happens once is not captured
+    def run(weight: torch.Tensor) -> None:
+        elementwise.rms_norm(neighbour, None, eps=1e-5)
+        way(weight)
+
+    run(weights[0])  # what happens once is not captured
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(weights[0].device)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):  # torch.cuda.graph would collect garbage every time
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             for i in range(max(len(weights), MIN_RUNS)):
-                elementwise.rms_norm(neighbour, None, eps=1e-5)
-                way(weights[i % len(weights)])
+                run(weights[i % len(weights)])
         finally:  # after an interruption, too: nothing else could be captured, or waited for
             graph.capture_end()
     return graph
