@@ -94,7 +94,7 @@ def measure(shape: str, num_tokens: int) -> list[dict[str, Any]]:
             for way, call in ways.items():
                 times[way] += microseconds([partial(call, i) for i in range(NUM_LAYERS)], 3)
         medians = {way: statistics.median(found) for way, found in times.items()}
-        by_plan = {f"{plan.rows}x{plan.splits}": medians[plan] for plan in choices if plan}
+        by_plan = {"x".join(map(str, plan)): medians[plan] for plan in choices if plan}
         row = {"model": shape, "tokens": num_tokens, "product": name, "flops": flops, "ours_by_plan_us": by_plan}
         best = min(medians[plan] for plan in choices)
         rows.append({**row, "cublaslt_us": medians["cublaslt"], "ours_us": best})

@@ -288,7 +288,9 @@ def test_our_kernel_is_remembered_too(
     monkeypatch.setattr(gemm_search, "measure", lambda *_: plan)
     product = FakeProduct(num_tokens=64, name="a")
     assert ask(product) == plan
-    assert json.loads(gemm_search.cache_path().read_text()) == {"a": f"csrc/gemm {plan.rows}x{plan.splits}"}
+    assert json.loads(gemm_search.cache_path().read_text()) == {
+        "a": f"csrc/gemm {plan.rows}x{plan.splits}x{plan.tokens}"
+    }
     monkeypatch.setattr(gemm_search, "_measured", {})  # another process
     monkeypatch.setattr(gemm_search, "measure", None)
     assert ask(product) == plan
@@ -296,7 +298,10 @@ def test_our_kernel_is_remembered_too(
 
 @pytest.mark.parametrize(
     "name",
-    ["csrc/gemm", "csrc/gemm 128", "csrc/gemm 96x2", "csrc/gemm 128x2 ", "csrc/gemm 0128x2", "00ff", "apart", "", 1],
+    [
+        *("csrc/gemm", "csrc/gemm 128", "csrc/gemm 128x2", "csrc/gemm 96x2x128", "csrc/gemm 128x2x128 "),
+        *("csrc/gemm 0128x2x128", "00ff", "apart", "", 1),
+    ],
 )
 def test_what_is_no_algorithm_is_measured_anew(searches: list[FakeProduct], name: object) -> None:
     gemm_search.cache_path().parent.mkdir()
@@ -307,19 +312,19 @@ def test_what_is_no_algorithm_is_measured_anew(searches: list[FakeProduct], name
 
 
 def test_plans_are_remembered_for_an_epilogue() -> None:
-    assert gemm_search._parse("csrc/gemm 192x2", gemm.PLAIN) == gemm.Plan(192, 2)
-    assert gemm_search._parse("csrc/gemm 192x2", gemm.RESIDUAL) is None
+    assert gemm_search._parse("csrc/gemm 192x2x128", gemm.PLAIN) == gemm.Plan(192, 2)
+    assert gemm_search._parse("csrc/gemm 192x2x128", gemm.RESIDUAL) is None
 
 
 def test_the_way_of_swiglu_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LLAMA3_KERNEL_CACHE", str(tmp_path))
-    x, gate_up = torch.zeros(2, 16, dtype=BF16), torch.zeros(32, 16, dtype=BF16)
-    for i, plan in enumerate((None, gemm.WHOLE, gemm.Plan(224))):
+    x, gate_up = torch.zeros(300, 16, dtype=BF16), torch.zeros(32, 16, dtype=BF16)
+    for i, plan in enumerate((None, *gemm.PLANS[gemm.SWIGLU])):
         monkeypatch.setattr(gemm_search, "fastest", lambda ways, x, weight, i=i: i)
         assert gemm_search._fastest_swiglu(str(i), x, gate_up, torch.clone) == plan
     monkeypatch.setattr(gemm_search, "fastest", None)
-    assert gemm_search._fastest_swiglu("2", x, gate_up, torch.clone) == gemm.Plan(224)
-    remembered = {"0": "apart", "1": "csrc/gemm 256x1", "2": "csrc/gemm 224x1"}
+    assert gemm_search._fastest_swiglu("3", x, gate_up, torch.clone) == gemm.Plan(224)
+    remembered = {"0": "apart", "1": "csrc/gemm 256x1x128", "2": "csrc/gemm 192x1x256", "3": "csrc/gemm 224x1x128"}
     assert json.loads(gemm_search.cache_path().read_text()) == remembered
 
 

@@ -32,9 +32,9 @@ def test_kernel_refuses(arguments: tuple, message: str) -> None:
 @pytest.mark.parametrize(
     ("num_rows", "size", "epilogue", "dtype", "plan", "message"),
     [
-        (256, 512, 0, 0, {"rows": 96}, "tiles of 96 rows in 1 parts"),
-        (256, 512, 0, 0, {"rows": 256, "splits": 3}, "tiles of 256 rows in 3 parts"),
-        (256, 512, 0, 1, {"rows": 128}, "for this dtype and epilogue .*; all have 256 in 1 part"),
+        (256, 512, 0, 0, {"rows": 96}, "tiles of 96 rows by 128 tokens in 1 parts"),
+        (256, 512, 0, 0, {"rows": 256, "splits": 3}, "tiles of 256 rows by 128 tokens in 3 parts"),
+        (256, 512, 0, 1, {"rows": 128}, "for this dtype and epilogue .*; all have 256 by 128 in 1 part"),
         (256, 512, 2, 0, {"rows": 192}, "tiles of 192 rows"),
         (256, 64, 0, 0, {"rows": 128, "splits": 2}, "size is 64; for 2 parts it must be over 64"),
         (256, 192, 0, 0, {"rows": 256, "splits": 4}, "size is 192; for 4 parts it must be over 192"),
@@ -71,9 +71,9 @@ CLUSTERS = 66  # of an H200
     ],
 )
 def test_promising_plans(epilogue: int, num_rows: int, size: int, plans: list[tuple[int, int]]) -> None:
-    assert gemm.promising(epilogue, BF16, 256, num_rows, size, CLUSTERS) == plans
+    assert gemm.promising(epilogue, BF16, 256, num_rows, size, CLUSTERS) == [gemm.Plan(*plan) for plan in plans]
     assert gemm.promising(epilogue, torch.float16, 256, num_rows, size, CLUSTERS) == [
-        plan for plan in plans if plan == gemm.WHOLE
+        gemm.WHOLE for plan in plans if gemm.Plan(*plan) == gemm.WHOLE
     ]
 
 
@@ -81,7 +81,8 @@ def test_no_plan_keeps_less_than_its_share_busy() -> None:
     for num_tokens in (129, 256, 257, 512, 1024):
         for num_rows in range(1024, 32768, 1024):
             for plan in gemm.promising(gemm.PLAIN, BF16, num_tokens, num_rows, 4096, CLUSTERS):
-                parts = -(-num_tokens // 256) * -(-num_rows // plan.rows) * plan.splits
+                assert num_tokens > plan.tokens  # or one of two multiprocessors would have none
+                parts = -(-num_tokens // (2 * plan.tokens)) * -(-num_rows // plan.rows) * plan.splits
                 assert parts <= CLUSTERS or plan.splits == 1
                 assert parts / CLUSTERS / -(-parts // CLUSTERS) >= gemm.MIN_OCCUPANCY
 
@@ -97,7 +98,7 @@ def test_no_plan_keeps_less_than_its_share_busy() -> None:
     ],
 )
 def test_default_plans(num_tokens: int, num_rows: int, rows: int) -> None:
-    assert gemm.default_plan(gemm.SWIGLU, BF16, num_tokens, num_rows, CLUSTERS) == (rows, 1)
+    assert gemm.default_plan(gemm.SWIGLU, BF16, num_tokens, num_rows, CLUSTERS) == gemm.Plan(rows)
     assert gemm.default_plan(gemm.SWIGLU, torch.float16, num_tokens, num_rows, CLUSTERS) == gemm.WHOLE
     assert gemm.default_plan(gemm.PLAIN, BF16, num_tokens, num_rows, CLUSTERS) == gemm.WHOLE
 

@@ -18,7 +18,7 @@ COUNTS = (1, 63, 64, 65, 128, 129, 255, 257, 1000, 4099)  # a block takes 128 to
 SIZES = ((3072, 2048), (2048, 8192), (5120, 3072), (4096, 14336), (16384, 2048), (264, 72), (16, 8), (1000, 328))
 DTYPES = (torch.bfloat16, torch.float16)
 
-EDGE_COUNTS = (1, 129, 200, 256, 257)
+EDGE_COUNTS = (1, 129, 200, 256, 257, 450, 513)
 PRODUCT_PLANS = sorted({*gemm.PLANS[gemm.PLAIN], *gemm.PLANS[gemm.RESIDUAL]})
 SPLIT_PLANS = [plan for plan in PRODUCT_PLANS if plan.splits > 1]
 DECODE_SIZES = ((6144, 4096), (4096, 4096), (4096, 14336))  # qkv, o and down of 8B
@@ -96,13 +96,14 @@ def test_product_plans(plan: gemm.Plan, num_tokens: int) -> None:
             assert torch.equal(residual, result)
 
 
+@pytest.mark.parametrize("plan", gemm.PLANS[gemm.SWIGLU][1:])
 @pytest.mark.parametrize("num_tokens", EDGE_COUNTS)
-def test_swiglu_plans(num_tokens: int) -> None:
+def test_swiglu_plans(num_tokens: int, plan: gemm.Plan) -> None:
     dtype = torch.bfloat16
     for num_rows, size in ((28672, 4096), (16, 8), (208, 72), (240, 328), (2000, 328), (4480, 1096)):
         x, weight = normal(num_tokens, size, dtype=dtype), normal(num_rows, size, dtype=dtype, scale=2 * size**-0.5)
         expected = gemm.swiglu(x, weight, gemm.WHOLE)
-        result = gemm.swiglu(inside(x), inside(weight), gemm.Plan(224))
+        result = gemm.swiglu(inside(x), inside(weight), plan)
         assert_within_contract(result, silu_mul(x.double() @ weight.double().T), silu_mul(x @ weight.T))
         assert torch.equal(result, expected) and torch.equal(gemm.swiglu(x, weight), expected)
 
@@ -122,10 +123,12 @@ def test_tiles_of_fewer_steps_than_the_ring_has_stages(size: int) -> None:
         assert all(torch.equal(result, results[gemm.WHOLE]) for result in results.values())
 
 
-@pytest.mark.parametrize("plan", [gemm.Plan(224), *PRODUCT_PLANS])
-def test_no_plan_writes_beyond_the_output(plan: gemm.Plan) -> None:
+@pytest.mark.parametrize(
+    ("epilogue", "plan"),
+    [(gemm.SWIGLU, plan) for plan in gemm.PLANS[gemm.SWIGLU]] + [(gemm.PLAIN, plan) for plan in gemm.PLANS[gemm.PLAIN]],
+)
+def test_no_plan_writes_beyond_the_output(epilogue: int, plan: gemm.Plan) -> None:
     x, weight = normal(130, 512, dtype=torch.bfloat16), normal(272, 512, dtype=torch.bfloat16)
-    epilogue = gemm.SWIGLU if plan in gemm.PLANS[gemm.SWIGLU] and plan != gemm.WHOLE else gemm.PLAIN
     storage = torch.full((140 * 272,), torch.nan, dtype=torch.bfloat16, device="cuda")
     workspace = gemm._workspace(x.device)
     gemm.library().gemm(
@@ -212,7 +215,8 @@ def test_products_in_parts_follow_one_another_in_a_graph() -> None:
 CLAIMED = ((4096, 6144, 1024), (256, 28672, 4096), (4226, 4096, 2048), (2050, 8208, 960), (1500, 16400, 14336))
 
 
-def test_every_tile_is_made_once_however_products_follow_each_other() -> None:
+@pytest.mark.parametrize("plan", (None, gemm.WIDE))
+def test_every_tile_is_made_once_however_products_follow_each_other(plan: gemm.Plan | None) -> None:
     """Each starts before the one before has ended, whose claims it must not see."""
     operands = [
         (
@@ -226,7 +230,8 @@ def test_every_tile_is_made_once_however_products_follow_each_other() -> None:
         results = []
         for x, weight in operands:
             residual = torch.ones(len(x), len(weight), dtype=torch.bfloat16, device="cuda")
-            results += [gemm.product(x, weight), gemm.swiglu(x, weight), gemm.product(x, weight, residual)]
+            results += [gemm.product(x, weight, plan=plan), gemm.swiglu(x, weight, plan)]
+            results += [gemm.product(x, weight, residual, plan=plan)]
         return results
 
     expected = run_all()

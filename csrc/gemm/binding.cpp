@@ -14,12 +14,13 @@ PYBIND11_MODULE(gemm, module) {
     module.def(
         "gemm",
         [](uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out, int num_tokens, int num_rows, int size,
-           int epilogue, int dtype, uintptr_t stream, int rows, int splits, uintptr_t workspace, int64_t bytes) {
+           int epilogue, int dtype, uintptr_t stream, int rows, int splits, int tokens, uintptr_t workspace,
+           int64_t bytes) {
             gemm::launch({common::pointer(x), common::pointer(weight), common::pointer(residual), common::pointer(out),
                           num_tokens, num_rows, size, static_cast<gemm::Epilogue>(epilogue)},
-                         {rows, splits}, {common::pointer(workspace), bytes},
+                         {rows, splits, tokens}, {common::pointer(workspace), bytes},
                          {static_cast<common::Dtype>(dtype), common::stream_at(stream)});
         },
         "x"_a, "weight"_a, "residual"_a, "out"_a, "num_tokens"_a, "num_rows"_a, "size"_a, "epilogue"_a, "dtype"_a,
-        "stream"_a, "rows"_a = 256, "splits"_a = 1, "workspace"_a = 0, "workspace_bytes"_a = 0);
+        "stream"_a, "rows"_a = 256, "splits"_a = 1, "tokens"_a = 128, "workspace"_a = 0, "workspace_bytes"_a = 0);
 }

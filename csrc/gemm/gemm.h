@@ -25,9 +25,9 @@ struct Gemm {
 };
 
 // How it is computed: weight rows of a tile; in how many parts its inner dimension is split, each worked on by a
-// cluster of its own, all at the same time.
+// cluster of its own, all at the same time; tokens of a block's tile.
 struct Plan {
-    int rows, splits;
+    int rows, splits, tokens;
 };
 
 // For products in parts: aligned to 16 bytes, zeroed before its first use and left fit for the next, and never used by

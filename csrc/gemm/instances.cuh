@@ -9,10 +9,10 @@ namespace gemm {
 template <typename T, typename... Shapes>
 Kernel select(const Plan& plan) {
     Kernel found;
-    const auto consider = [&](int rows, int splits, const void* function, int shared_bytes) {
-        if (plan.rows == rows && plan.splits == splits) found = {function, shared_bytes};
+    const auto consider = [&](int rows, int splits, int tokens, const void* function, int shared_bytes) {
+        if (plan.rows == rows && plan.splits == splits && plan.tokens == tokens) found = {function, shared_bytes};
     };
-    (consider(Shapes::kRows, Shapes::kSplits, reinterpret_cast<const void*>(gemm_kernel<T, Shapes>),
+    (consider(Shapes::kRows, Shapes::kSplits, Shapes::kTokens, reinterpret_cast<const void*>(gemm_kernel<T, Shapes>),
               Shapes::kSharedBytes),
      ...);
     return found;

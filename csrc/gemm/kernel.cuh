@@ -1,9 +1,9 @@
 // out [T, N] = x [T, K] weight [N, K]^T for many tokens, on Hopper's wgmma.
 //
 // Grid: as many clusters of kCluster blocks as the GPU holds, each of which works through tiles of the output (which
-// ones: tiles.cuh). A tile is 128 tokens by Shape::kRows weight rows a block, and the blocks of a cluster take
-// neighbouring rows of tiles, so that each brings only its part of the weights from L2 and multicasts it. Block: two
-// warpgroups that multiply, 64 tokens by all the tile's rows each, and one whose warps only move data:
+// ones: tiles.cuh). A tile is Shape::kTokens tokens by Shape::kRows weight rows a block, and the blocks of a cluster
+// take neighbouring rows of tiles, so that each brings only its part of the weights from L2 and multicasts it. Block:
+// two warpgroups that multiply, half of the tokens by all the tile's rows each, and one whose warps only move data:
 //   load     x and weight, 64 columns of the inner dimension a stage, into a ring    runs ahead into the next tile
 //   math     ring -> accumulators -> staging buffers
 //   store    staging buffers -> out; brings the residual into a buffer before math fills it
@@ -57,7 +57,7 @@ struct Shared {
 // in the one before, and writes some columns once more with the same values.
 template <typename Shape>
 __device__ __forceinline__ constexpr int box_column(int box) {
-    const int column = box * kBoxColumns, last = Shape::kColumns - kBoxColumns;
+    const int column = box % Shape::kUnitBoxes * kBoxColumns, last = Shape::kColumns - kBoxColumns;
     return column < last ? column : last;
 }
 
@@ -66,8 +66,10 @@ template <typename Shape>
 __device__ __forceinline__ int out_column(const Tile& tile, int box) {
     return (tile.row * Shape::kSplits + tile.part) * Shape::kColumns + box_column<Shape>(box);
 }
-__device__ __forceinline__ int out_token(const Tile& tile, int rank, int group) {
-    return (tile.token * kCluster + rank) * kTileTokens + group * kGroupTokens;
+template <typename Shape>
+__device__ __forceinline__ int out_token(const Tile& tile, int rank, int group, int box) {
+    const int unit = group * Shape::kUnits + box / Shape::kUnitBoxes;
+    return (tile.token * kCluster + rank) * Shape::kTokens + unit * kUnitTokens;
 }
 
 // Weights are constants: as many as the ring holds are asked for before the previous kernel has ended.
@@ -76,7 +78,7 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
     constexpr int kWeightBoxes = weight_boxes(Shape::kSplits);
     constexpr int kBoxBytes = Shape::kWeightBoxRows * kStageColumns * 2;
     const auto load_weight = [&](int slot, int step, const Tile& tile) {
-        const uint32_t full = s.full + 8 * slot, weight = s.ring + slot * Shape::kStageBytes + kXBytes;
+        const uint32_t full = s.full + 8 * slot, weight = s.ring + slot * Shape::kStageBytes + Shape::kXBytes;
         common::mbarrier_expect(full, Shape::kStageBytes);
 #pragma unroll
         for (int i = 0; i < kWeightBoxes; i += kCluster) {
@@ -87,7 +89,7 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
     };
     const auto load_x = [&](int slot, int step, const Tile& tile) {
         copy_box(s.ring + slot * Shape::kStageBytes, &maps.x, s.full + 8 * slot, (tile.first + step) * kStageColumns,
-                 (tile.token * kCluster + rank) * kTileTokens);
+                 (tile.token * kCluster + rank) * Shape::kTokens);
     };
     const auto give_stage = [&](int slot, const Tile& tile) {
         const uint32_t full = s.full + 8 * slot;
@@ -99,12 +101,12 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
             for (int i = 0; i < kMathGroups * Shape::kBoxes; ++i) {
                 const int group = i / Shape::kBoxes, box = i % Shape::kBoxes;
                 copy_box(s.in_stage(slot, group, box), &maps.residual, full, out_column<Shape>(tile, box),
-                         out_token(tile, rank, group));
+                         out_token<Shape>(tile, rank, group, box));
             }
         }
     };
     TileWalk walk{t, s.claims};
-    const Tile first = tile_at<Shape::kSplits>(t, walk.index);
+    const Tile first = tile_at<Shape>(t, walk.index);
     const int ahead = min(Shape::kStages, first.steps);
     for (int step = 0; step < ahead; ++step) load_weight(step, step, first);
     common::wait_for_previous_kernel();
@@ -116,7 +118,7 @@ __device__ void load_tiles(const TensorMaps& maps, const Tiling& t, const Shared
     int step = ahead;
     unsigned claim = 0;
     for (; !walk.done(); walk.advance(true)) {
-        const Tile tile = tile_at<Shape::kSplits>(t, walk.index);
+        const Tile tile = tile_at<Shape>(t, walk.index);
         for (; step < tile.steps; ++step, at.advance()) {
             common::mbarrier_wait(s.empty + 8 * at.slot, at.parity ^ 1);
             load_weight(at.slot, step, tile);
@@ -138,8 +140,8 @@ template <typename Shape>
 struct BoxWalk {
     TileWalk tiles;
     int rank, group, box = 0;
-    __device__ __forceinline__ Tile tile() const { return tile_at<Shape::kSplits>(tiles.t, tiles.index); }
-    __device__ __forceinline__ int token() const { return out_token(tile(), rank, group); }
+    __device__ __forceinline__ Tile tile() const { return tile_at<Shape>(tiles.t, tiles.index); }
+    __device__ __forceinline__ int token() const { return out_token<Shape>(tile(), rank, group, box); }
     __device__ __forceinline__ int column() const { return out_column<Shape>(tile(), box); }
     __device__ __forceinline__ bool done() const { return tiles.done(); }
     __device__ __forceinline__ void advance() {
@@ -183,13 +185,13 @@ __device__ void store_stages(const TensorMaps& maps, const Tiling& t, const Shar
     Cursor<Shape::kBuffers> at;
     common::mbarrier_arrive(s.ready + 8 * group);
     for (TileWalk walk{t, s.claims}; !walk.done(); walk.advance(), at.advance()) {
-        const Tile tile = tile_at<Shape::kSplits>(t, walk.index);
+        const Tile tile = tile_at<Shape>(t, walk.index);
         slot = (slot + tile.steps) % Shape::kStages;
         common::mbarrier_wait(s.staged + 8 * group, at.parity);
 #pragma unroll
         for (int box = 0; box < Shape::kBoxes; ++box)
             store_box(&maps.out, s.in_stage(slot, group, box), out_column<Shape>(tile, box),
-                      out_token(tile, rank, group));
+                      out_token<Shape>(tile, rank, group, box));
         wait_stores_read();
         common::mbarrier_arrive(s.ready + 8 * group);
         for (int block = 0; block < kCluster; ++block)
@@ -238,13 +240,13 @@ __device__ __forceinline__ void stage_box(const float (&d)[Shape::kFragment], ui
 
 // A warpgroup's accumulators to its staging buffers, in the order of BoxWalk.
 template <typename T, typename Shape>
-__device__ __forceinline__ void stage_tile(const float (&d)[Shape::kFragment], const Shared<Shape>& s, int group,
-                                           Cursor<Shape::kBuffers>& at) {
+__device__ __forceinline__ void stage_tile(const float (&d)[Shape::kUnits][Shape::kFragment], const Shared<Shape>& s,
+                                           int group, Cursor<Shape::kBuffers>& at) {
 #pragma unroll
     for (int box = 0; box < Shape::kBoxes; ++box, at.advance()) {
         const int buffer = group * Shape::kBuffers + at.slot;
         common::mbarrier_wait(s.ready + 8 * buffer, at.parity);
-        stage_box<T, Shape>(d, s.buffers + buffer * kBufferBytes, box);
+        stage_box<T, Shape>(d[box / Shape::kUnitBoxes], s.buffers + buffer * kBufferBytes, box);
         common::mbarrier_arrive(s.staged + 8 * buffer);
     }
 }
@@ -252,16 +254,17 @@ __device__ __forceinline__ void stage_tile(const float (&d)[Shape::kFragment], c
 template <typename T, typename Shape>
 __device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const Shared<Shape>& s, int group) {
     const int lane = threadIdx.x % 32;
-    const uint64_t first_x = operand(s.ring + group * (kXBytes / kMathGroups)),
-                   first_weight = operand(s.ring + kXBytes);
+    constexpr int kUnitBytes = kUnitTokens * kStageColumns * 2;
+    const uint64_t first_x = operand(s.ring + group * Shape::kUnits * kUnitBytes),
+                   first_weight = operand(s.ring + Shape::kXBytes);
     Cursor<Shape::kStages> at;
     Cursor<Shape::kBuffers> buffer;
     auto release = [&](int slot) {
         if (lane < kCluster) common::arrive_remote(common::in_block(s.empty + 8 * slot, lane));
     };
     for (TileWalk walk{t, s.claims}; !walk.done(); walk.advance()) {
-        const Tile tile = tile_at<Shape::kSplits>(t, walk.index);
-        float d[Shape::kFragment];
+        const Tile tile = tile_at<Shape>(t, walk.index);
+        float d[Shape::kUnits][Shape::kFragment];
         int before = 0;
         for (int step = 0; step < tile.steps; ++step, at.advance()) {
             common::mbarrier_wait(s.full + 8 * at.slot, at.parity);
@@ -269,7 +272,10 @@ __device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const 
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kStageColumns / 16; ++k)  // 32 bytes further along the rows
-                wgmma<T, Shape::kRows>(d, first_x + stage + 2 * k, first_weight + stage + 2 * k, k > 0 || step > 0);
+#pragma unroll
+                for (int unit = 0; unit < Shape::kUnits; ++unit)
+                    wgmma<T, Shape::kRows>(d[unit], first_x + stage + unit * (kUnitBytes / 16) + 2 * k,
+                                           first_weight + stage + 2 * k, k > 0 || step > 0);
             wgmma_commit();
             wgmma_wait<1>();
             if (step > 0) release(before);
@@ -277,12 +283,13 @@ __device__ void multiply_tiles(const Tiling& t, const Exchange& exchange, const 
         }
         wgmma_wait<0>();
         release(before);
-        if constexpr (Shape::kSplits > 1) exchange_sums<Shape>(d, exchange, tile.part);
+        if constexpr (Shape::kSplits > 1) exchange_sums<Shape>(d[0], exchange, tile.part);
         if constexpr (Shape::kInRing) {
             common::mbarrier_wait(s.full + 8 * at.slot, at.parity);
             common::mbarrier_wait(s.ready + 8 * group, buffer.parity);
 #pragma unroll
-            for (int box = 0; box < Shape::kBoxes; ++box) stage_box<T, Shape>(d, s.in_stage(at.slot, group, box), box);
+            for (int box = 0; box < Shape::kBoxes; ++box)
+                stage_box<T, Shape>(d[0], s.in_stage(at.slot, group, box), box);
             common::mbarrier_arrive(s.staged + 8 * group);
             at.advance(), buffer.advance();
         } else {

@@ -78,7 +78,7 @@ int clusters_at_once(const Kernel& kernel) {
 
 Tiling tiling_of(const Gemm& g, const Plan& plan) {
     Tiling t{};
-    t.tiles_tokens = ceil_div(g.num_tokens, kTileTokens * kCluster);
+    t.tiles_tokens = ceil_div(g.num_tokens, plan.tokens * kCluster);
     t.tiles_rows = ceil_div(g.num_rows, plan.rows);
     t.steps = ceil_div(g.size, kStageColumns);
     t.parts = t.tiles_tokens * t.tiles_rows * plan.splits;
@@ -110,10 +110,10 @@ void check_room(const Kernel& kernel, const Plan& plan, int parts) {
 TensorMaps maps_of(const Gemm& g, const Plan& plan, common::Dtype dtype) {
     const int out_columns = g.epilogue == Epilogue::kSwiglu ? g.num_rows / 2 : g.num_rows;
     TensorMaps maps{};
-    maps.x = matrix_map(g.x, dtype, g.num_tokens, g.size, kTileTokens);
+    maps.x = matrix_map(g.x, dtype, g.num_tokens, g.size, plan.tokens);
     maps.weight = matrix_map(g.weight, dtype, g.num_rows, g.size, plan.rows / weight_boxes(plan.splits));
-    maps.out = matrix_map(g.out, dtype, g.num_tokens, out_columns, kGroupTokens);
-    if (g.residual) maps.residual = matrix_map(g.residual, dtype, g.num_tokens, out_columns, kGroupTokens);
+    maps.out = matrix_map(g.out, dtype, g.num_tokens, out_columns, kUnitTokens);
+    if (g.residual) maps.residual = matrix_map(g.residual, dtype, g.num_tokens, out_columns, kUnitTokens);
     return maps;
 }
 
@@ -127,7 +127,8 @@ void launch(const Gemm& g, const Plan& plan, const Workspace& workspace, const L
     check(g);
     const Kernel kernel = kernel_for(g, plan, how.dtype);
     require(kernel.function, "no kernel for this dtype and epilogue makes tiles of " + std::to_string(plan.rows) +
-                                 " rows in " + std::to_string(plan.splits) + " parts; all have 256 in 1 part");
+                                 " rows by " + std::to_string(plan.tokens) + " tokens in " +
+                                 std::to_string(plan.splits) + " parts; all have 256 by 128 in 1 part");
     Tiling tiling = tiling_of(g, plan);
     Exchange exchange = exchange_in(workspace, plan, tiling.parts);
     common::allow_shared_memory(kernel.function, kernel.shared_bytes);

@@ -7,12 +7,12 @@
 namespace gemm {
 
 constexpr int kCluster = 2;  // blocks
-constexpr int kTileTokens = 128, kStageColumns = 64;
-constexpr int kMathGroups = 2, kGroupTokens = kTileTokens / kMathGroups;
-constexpr int kThreads = (kMathGroups + 1) * 128;
-constexpr int kXBytes = kTileTokens * kStageColumns * 2;
-constexpr int kBoxColumns = 64;  // of a staging buffer: 64 tokens by 64 columns of out
-constexpr int kBufferBytes = kGroupTokens * kBoxColumns * 2;
+constexpr int kMathGroups = 2, kThreads = (kMathGroups + 1) * 128;
+constexpr int kStageColumns = 64;
+constexpr int kUnitTokens = 64;                         // of one instruction of a warpgroup
+constexpr int kTileTokens = kMathGroups * kUnitTokens;  // of a block's tile, a unit a warpgroup
+constexpr int kBoxColumns = 64;                         // of a staging buffer: 64 tokens by 64 columns of out
+constexpr int kBufferBytes = kUnitTokens * kBoxColumns * 2;
 constexpr int kMinClaimedRounds = 4;  // of tiles for each cluster: in fewer, clusters do not drift apart
 constexpr int kClaimSlots = 4;
 constexpr int kMinClaimedSteps = 16;      // with fewer a slot could be written again before all have read it
@@ -25,18 +25,22 @@ constexpr int weight_boxes(int splits) {
 }
 
 // What a kernel is compiled for, and how it shares out shared memory.
-template <Epilogue kEpilogue_, int kRows_, int kSplits_>
+template <Epilogue kEpilogue_, int kRows_, int kSplits_, int kTokens_ = kTileTokens>
 struct Shape {
     static constexpr Epilogue kEpilogue = kEpilogue_;
     static constexpr int kRows = kRows_, kSplits = kSplits_;  // of weight in a tile; parts of the inner dimension
-    static constexpr int kFragment = kRows / 2;               // accumulators of a thread
+    static constexpr int kTokens = kTokens_, kUnits = kTokens / kTileTokens;  // of a block's tile; a warpgroup's
+    static constexpr int kFragment = kRows / 2;                               // accumulators of a thread for a unit
+    static constexpr int kXBytes = kTokens * kStageColumns * 2;
     static constexpr int kColumns = kRows / (kEpilogue == Epilogue::kSwiglu ? 2 : kSplits);  // of out, a part's
-    static constexpr int kBoxes = (kColumns + kBoxColumns - 1) / kBoxColumns;                // of a warpgroup's columns
+    static constexpr int kUnitBoxes = (kColumns + kBoxColumns - 1) / kBoxColumns;
+    static constexpr int kBoxes = kUnits * kUnitBoxes;  // of a warpgroup
     static constexpr int kWeightBoxRows = kRows / weight_boxes(kSplits);
     static constexpr int kStageBytes = kXBytes + kRows * kStageColumns * 2;
     static constexpr int kRoom = kMostBytes - kBehindBytes;
     // Staging buffers of a warpgroup beside the ring. With a residual, those for all boxes hide the way there and back.
-    static constexpr int kBeside = kEpilogue == Epilogue::kResidual || kBoxes < 2 ? kBoxes : 2;
+    static constexpr int kBeside =
+        kUnits == 1 && (kEpilogue == Epilogue::kResidual || kBoxes < 2) ? kBoxes : kUnits + 1;
     static constexpr int kStagesBeside = (kRoom - kMathGroups * kBeside * kBufferBytes) / kStageBytes;
     // Where a stage has room for a tile's output, and the ring for one more without buffers beside it, that stage of
     // the ring which comes behind the tile's last serves as its buffers.
@@ -51,6 +55,7 @@ struct Shape {
     static_assert(kColumns >= kBoxColumns && kColumns % 16 == 0);
     static_assert(kEpilogue != Epilogue::kResidual || kColumns % kBoxColumns == 0, "its boxes must not overlap");
     static_assert(kEpilogue != Epilogue::kSwiglu || kSplits == 1);
+    static_assert(kTokens % kTileTokens == 0 && (kUnits == 1 || (kSplits == 1 && !kInRing)));
     static_assert(8 * 2 * (kStages + kMathGroups * kBuffers) + 12 * kClaimSlots <= 256, "room for barriers, claims");
 };
 

@@ -11,7 +11,7 @@
 
 namespace gemm {
 
-constexpr int kGroupTiles = 8;  // tiles of a cluster's tokens that meet a tile of weights one after the other
+constexpr int kGroupTokens = 2048;            // that meet a tile of weights one after the other
 constexpr int kClaimStep = 8, kSendStep = 4;  // before a tile's last step: the answer takes a microsecond, a step 0.35
 
 // Of all clusters, in kernels of this translation unit: they run one after the other. Back at 0 after each.
@@ -23,9 +23,10 @@ struct Tile {
     int part, first, steps;  // along the inner dimension
 };
 
-// Down `kGroupTiles` tiles of tokens first, then on along the weight rows: neighbours in time share operands in L2.
-template <int kSplits>
+// Down a group of tiles of tokens first, then on along the weight rows: neighbours in time share operands in L2.
+template <typename Shape>
 __device__ __forceinline__ Tile tile_at(const Tiling& t, int index) {
+    constexpr int kSplits = Shape::kSplits, kGroupTiles = kGroupTokens / (kCluster * Shape::kTokens);
     const int group_tiles = kGroupTiles * t.tiles_rows, tile = index / kSplits, part = index % kSplits;
     const int group = tile / group_tiles * kGroupTiles;
     const int height = min(kGroupTiles, t.tiles_tokens - group), in_group = tile % group_tiles;

@@ -93,7 +93,7 @@ def _fastest_swiglu(key: str, x: torch.Tensor, gate_up: torch.Tensor, apart: Way
     def fused(plan: Plan) -> Way:
         return lambda weight: gemm.swiglu(x, weight, plan)
 
-    plans = {_name(plan): plan for plan in gemm.compiled(gemm.SWIGLU, x.dtype)}
+    plans = {_name(plan): plan for plan in gemm.compiled(gemm.SWIGLU, x.dtype) if len(x) > plan.tokens}
     known = _read_cache().get(key, "")
     if known != APART and known not in plans:
         ways = {APART: apart} | {name: fused(plan) for name, plan in plans.items()}
@@ -212,7 +212,7 @@ def _epilogue(residual: torch.Tensor | None) -> int:
 
 
 def _name(algorithm: Algorithm) -> str:
-    return algorithm.hex() if isinstance(algorithm, bytes) else f"{OWN} {algorithm.rows}x{algorithm.splits}"
+    return algorithm.hex() if isinstance(algorithm, bytes) else f"{OWN} {'x'.join(map(str, algorithm))}"
 
 
 def _parse(name: object, epilogue: int) -> Algorithm | None:
