@@ -228,11 +228,11 @@ __device__ __forceinline__ void stage_box(const float (&d)[Shape::kFragment], ui
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {  // of 8 columns: matrices (rows 0 to 7, rows 8 to 15) of each
         const uint32_t address = row + (((2 * pair + lane / 16) ^ (lane % 8)) * 16);
-        const int unit = box_column<Shape>(box) / 8 + 2 * pair;
+        const int eight = box_column<Shape>(box) / 8 + 2 * pair;
         uint32_t words[4] = {};
         if constexpr (Shape::kEpilogue == Epilogue::kResidual) common::ldmatrix_x4(words, address);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = finish<T, Shape>(d, (unit + i / 2) * kApart + i % 2 * 2, words[i]);
+        for (int i = 0; i < 4; ++i) words[i] = finish<T, Shape>(d, (eight + i / 2) * kApart + i % 2 * 2, words[i]);
         stmatrix_x4(address, words);
     }
     common::fence_async_proxy();
