@@ -13,7 +13,7 @@ from llama3.ops.reference import ReferenceOps
 from tests.numerics import assert_within_contract
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper", "poisoned_allocations")]
-COUNTS = (1, 63, 64, 65, 128, 129, 255, 257, 1000, 4099)  # a block takes 128 tokens, a cluster 256
+COUNTS = (1, 63, 64, 65, 128, 129, 255, 257, 1000, 4099)  # a block takes 128 tokens by default, a cluster 256
 # N, K of 1B, 3B and 8B, and sizes that divide by little.
 SIZES = ((3072, 2048), (2048, 8192), (5120, 3072), (4096, 14336), (16384, 2048), (264, 72), (16, 8), (1000, 328))
 DTYPES = (torch.bfloat16, torch.float16)
@@ -108,7 +108,7 @@ def test_swiglu_plans(num_tokens: int, plan: gemm.Plan) -> None:
         assert torch.equal(result, expected) and torch.equal(gemm.swiglu(x, weight), expected)
 
 
-@pytest.mark.parametrize("size", (8, 72, 136, 328))
+@pytest.mark.parametrize("size", (8, 72, 136, 200, 328))
 def test_tiles_of_fewer_steps_than_the_ring_has_stages(size: int) -> None:
     """Many for each cluster, so that several are in the ring at once."""
     x, weight = normal(2050, size, dtype=torch.bfloat16), normal(16400, size, dtype=torch.bfloat16, scale=size**-0.5)
@@ -212,12 +212,13 @@ def test_products_in_parts_follow_one_another_in_a_graph() -> None:
 
 # Tokens, N, K of products with so many tiles that clusters claim them, over 16 steps of K, the fewest for that, and
 # more, between others whose clusters do not: of few tiles, of 15 steps.
-CLAIMED = ((4096, 6144, 1024), (256, 28672, 4096), (4226, 4096, 2048), (2050, 8208, 960), (1500, 16400, 14336))
+CLAIMED = ((4608, 6144, 1024), (256, 28672, 4096), (4226, 4096, 2048), (2050, 8208, 960), (1600, 16400, 14336))
 
 
-@pytest.mark.parametrize("plan", (None, gemm.WIDE))
+@pytest.mark.parametrize("plan", (None, gemm.WIDE, gemm.Plan(128)))
 def test_every_tile_is_made_once_however_products_follow_each_other(plan: gemm.Plan | None) -> None:
     """Each starts before the one before has ended, whose claims it must not see."""
+    of_swiglu = plan if plan in gemm.PLANS[gemm.SWIGLU] else None
     operands = [
         (
             normal(num_tokens, size, dtype=torch.bfloat16),
@@ -230,7 +231,7 @@ def test_every_tile_is_made_once_however_products_follow_each_other(plan: gemm.P
         results = []
         for x, weight in operands:
             residual = torch.ones(len(x), len(weight), dtype=torch.bfloat16, device="cuda")
-            results += [gemm.product(x, weight, plan=plan), gemm.swiglu(x, weight, plan)]
+            results += [gemm.product(x, weight, plan=plan), gemm.swiglu(x, weight, of_swiglu)]
             results += [gemm.product(x, weight, residual, plan=plan)]
         return results
 

@@ -25,12 +25,12 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* counter) {
 // and so on around. The first become sums over all parts, always added up in the same order: a repeat is bitwise equal.
 template <typename Shape>
 __device__ __forceinline__ void exchange_sums(float (&d)[Shape::kFragment], const Exchange& exchange, int part) {
-    constexpr int kSplits = Shape::kSplits, kUnits = Shape::kColumns / 8;  // of four accumulators
+    constexpr int kSplits = Shape::kSplits, kQuads = Shape::kColumns / 8;  // of four accumulators
     const int lane = threadIdx.x % 32, cluster = blockIdx.x / kCluster;
     const int warp = common::cluster_rank() * kMathWarps + threadIdx.x / 32;  // of the cluster
     const auto warp_of = [&](int other) { return (cluster - part + other) * kCluster * kMathWarps + warp; };
     const auto sums = [&](int receiver, int away) {
-        return exchange.sums + ((warp_of(receiver) * (kSplits - 1) + away - 1) * kUnits * 32 + lane);
+        return exchange.sums + ((warp_of(receiver) * (kSplits - 1) + away - 1) * kQuads * 32 + lane);
     };
     // The previous kernel may be another product in parts, which still reads its sums and counters.
     common::wait_for_previous_kernel();
@@ -38,8 +38,8 @@ __device__ __forceinline__ void exchange_sums(float (&d)[Shape::kFragment], cons
     for (int away = 1; away < kSplits; ++away) {
         float4* to = sums((part + away) % kSplits, away);
 #pragma unroll
-        for (int i = 0; i < kUnits; ++i) {
-            const float* v = d + (away * kUnits + i) * 4;
+        for (int i = 0; i < kQuads; ++i) {
+            const float* v = d + (away * kQuads + i) * 4;
             __stcg(to + 32 * i, make_float4(v[0], v[1], v[2], v[3]));
         }
     }
@@ -56,7 +56,7 @@ __device__ __forceinline__ void exchange_sums(float (&d)[Shape::kFragment], cons
     for (int away = 1; away < kSplits; ++away) {
         const float4* from = sums(part, away);
 #pragma unroll
-        for (int i = 0; i < kUnits; ++i) {
+        for (int i = 0; i < kQuads; ++i) {
             const float4 v = __ldcg(from + 32 * i);
             d[4 * i] += v.x, d[4 * i + 1] += v.y, d[4 * i + 2] += v.z, d[4 * i + 3] += v.w;
         }

@@ -178,6 +178,8 @@ __device__ void store_tiles(const TensorMaps& maps, const Tiling& t, const Share
 
 // The same for stages that serve as buffers: the one behind each tile's last step, given back to both blocks' loads in
 // the name of the warps that filled it. Tiles of few steps have several of them in the ring: math fills one at a time.
+// Nothing but time says that the other block, too, has seen the stage's last step given back: the same instructions did
+// it for both blocks, before all that happens here.
 template <typename Shape>
 __device__ void store_stages(const TensorMaps& maps, const Tiling& t, const Shared<Shape>& s, int rank, int group) {
     common::wait_for_previous_kernel();

@@ -10,7 +10,7 @@ constexpr int kCluster = 2;  // blocks
 constexpr int kMathGroups = 2, kThreads = (kMathGroups + 1) * 128;
 constexpr int kStageColumns = 64;
 constexpr int kUnitTokens = 64;                         // of one instruction of a warpgroup
-constexpr int kTileTokens = kMathGroups * kUnitTokens;  // of a block's tile, a unit a warpgroup
+constexpr int kTileTokens = kMathGroups * kUnitTokens;  // of a block's tile with a unit a warpgroup
 constexpr int kBoxColumns = 64;                         // of a staging buffer: 64 tokens by 64 columns of out
 constexpr int kBufferBytes = kUnitTokens * kBoxColumns * 2;
 constexpr int kMinClaimedRounds = 4;  // of tiles for each cluster: in fewer, clusters do not drift apart
@@ -38,7 +38,8 @@ struct Shape {
     static constexpr int kWeightBoxRows = kRows / weight_boxes(kSplits);
     static constexpr int kStageBytes = kXBytes + kRows * kStageColumns * 2;
     static constexpr int kRoom = kMostBytes - kBehindBytes;
-    // Staging buffers of a warpgroup beside the ring. With a residual, those for all boxes hide the way there and back.
+    // Staging buffers of a warpgroup beside the ring. With a residual, those for all boxes of a unit hide the way there
+    // and back.
     static constexpr int kBeside =
         kUnits == 1 && (kEpilogue == Epilogue::kResidual || kBoxes < 2) ? kBoxes : kUnits + 1;
     static constexpr int kStagesBeside = (kRoom - kMathGroups * kBeside * kBufferBytes) / kStageBytes;
@@ -60,7 +61,7 @@ struct Shape {
 };
 
 struct TensorMaps {
-    CUtensorMap x, weight, residual, out;  // boxes of 128, kWeightBoxRows, 64 and 64 rows by 64 columns
+    CUtensorMap x, weight, residual, out;  // boxes of kTokens, kWeightBoxRows, 64 and 64 rows by 64 columns
 };
 
 struct Tiling {

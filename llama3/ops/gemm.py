@@ -87,8 +87,8 @@ def promising(
 
 
 def default_plan(epilogue: int, dtype: torch.dtype, num_tokens: int, num_rows: int, clusters: int) -> Plan:
-    """Where nothing was tried: tiles of all rows, or of SwiGLU's the shorter ones where those save much of the rounds
-    that the clusters take, if a row takes always the same."""
+    """Where nothing was tried: tiles of 128 tokens by all rows, or of SwiGLU's the shorter ones where those save much
+    of the rounds that the clusters take, if a row takes always the same."""
     if epilogue != SWIGLU:
         return WHOLE
 
