@@ -76,7 +76,7 @@ def plans(name: str, config: ModelConfig, num_tokens: int) -> list[Plan | None]:
     if num_tokens > gemm_search.MAX_TOKENS:
         return [None]
     if EPILOGUES[name] == gemm.SWIGLU:
-        return [*gemm.PLANS[gemm.SWIGLU]]
+        return [*gemm.plans_for_tokens(gemm.SWIGLU, torch.bfloat16, num_tokens)]
     clusters = gemm.clusters_at_once(torch.device("cuda", torch.cuda.current_device()))
     sizes = num_tokens, *product_shapes(config)[name]
     return [None, *gemm.promising(EPILOGUES[name], torch.bfloat16, *sizes, clusters)]

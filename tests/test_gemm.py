@@ -78,7 +78,7 @@ def test_promising_plans(epilogue: int, num_rows: int, size: int, plans: list[tu
 
 
 def test_no_plan_keeps_less_than_its_share_busy() -> None:
-    for num_tokens in (129, 256, 257, 512, 1024):
+    for num_tokens in (1, 128, 129, 256, 257, 512, 1024):
         for num_rows in range(1024, 32768, 1024):
             for plan in gemm.promising(gemm.PLAIN, BF16, num_tokens, num_rows, 4096, CLUSTERS):
                 assert num_tokens > plan.tokens  # or one of two multiprocessors would have none

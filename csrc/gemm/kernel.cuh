@@ -305,8 +305,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     gemm_kernel(const __grid_constant__ TensorMaps maps, Tiling tiling, Exchange exchange) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ uint8_t shared_memory[];
-    // By a shuffle, so that addresses are made in uniform registers, once.
-    const uint32_t start = __shfl_sync(~0u, common::shared_address(shared_memory), 0);
+    const uint32_t start = common::uniform(common::shared_address(shared_memory));
     const auto s = Shared<Shape>::at((start + 1023) / 1024 * 1024);
     const int rank = common::cluster_rank(), warp = common::uniform_warp();
     if (threadIdx.x == 0) {

@@ -72,16 +72,20 @@ def compiled(epilogue: int, dtype: torch.dtype) -> tuple[Plan, ...]:
     return PLANS[epilogue] if dtype == torch.bfloat16 else (WHOLE,)
 
 
+def plans_for_tokens(epilogue: int, dtype: torch.dtype, num_tokens: int) -> list[Plan]:
+    """Those that give both multiprocessors of a cluster tokens; with 128 tokens or fewer none does."""
+    return [plan for plan in compiled(epilogue, dtype) if num_tokens > plan.tokens]
+
+
 def promising(
     epilogue: int, dtype: torch.dtype, num_tokens: int, num_rows: int, size: int, clusters: int
 ) -> list[Plan]:
     """The plans that keep a GPU with room for so many clusters of two multiprocessors busy to the end: one of them is
     the fastest, which is found by trying."""
     found = []
-    for plan in compiled(epilogue, dtype):
+    for plan in plans_for_tokens(epilogue, dtype, num_tokens):
         parts = _parts(plan, num_tokens, num_rows)
-        both_busy = num_tokens > plan.tokens
-        if both_busy and _fits(plan, parts, size, clusters) and _occupancy(parts, clusters) >= MIN_OCCUPANCY:
+        if _fits(plan, parts, size, clusters) and _occupancy(parts, clusters) >= MIN_OCCUPANCY:
             found.append(plan)
     return found
 
@@ -102,7 +106,7 @@ def default_plan(epilogue: int, dtype: torch.dtype, num_tokens: int, num_rows: i
 def plans_for(epilogue: int, x: torch.Tensor, weight: torch.Tensor) -> list[Plan]:
     """`promising` for these tensors; none where the kernels do not run, or half of every cluster would idle."""
     num_tokens, num_rows, size = x.shape[0], *weight.shape
-    if not is_hopper(x.device) or x.dtype not in DTYPES or num_rows % 8 or size % 8 or num_tokens <= BLOCK_TOKENS:
+    if not is_hopper(x.device) or x.dtype not in DTYPES or num_rows % 8 or size % 8:
         return []
     return promising(epilogue, x.dtype, num_tokens, num_rows, size, clusters_at_once(x.device))
 

@@ -93,7 +93,7 @@ def _fastest_swiglu(key: str, x: torch.Tensor, gate_up: torch.Tensor, apart: Way
     def fused(plan: Plan) -> Way:
         return lambda weight: gemm.swiglu(x, weight, plan)
 
-    plans = {_name(plan): plan for plan in gemm.compiled(gemm.SWIGLU, x.dtype) if len(x) > plan.tokens}
+    plans = {_name(plan): plan for plan in gemm.plans_for_tokens(gemm.SWIGLU, x.dtype, len(x))}
     known = _read_cache().get(key, "")
     if known != APART and known not in plans:
         ways = {APART: apart} | {name: fused(plan) for name, plan in plans.items()}
@@ -144,7 +144,7 @@ def fastest(ways: Sequence[Way], x: torch.Tensor, weight: torch.Tensor) -> int:
     """Which of them is, where each is run as in a decode step: in a graph, one after the other, between kernels that
     overlap with ours but not with the library's, with weights that are not in L2. Timed one by one instead, products of
     a few microseconds are told apart no better than by chance."""
-    weights, neighbour = _copies(weight), x.new_ones(len(x), NEIGHBOUR_SIZE)
+    weights, neighbour = _copies(weight), x.new_ones(len(x), NEIGHBOUR_SIZE, dtype=torch.bfloat16)
     graphs = [_capture(way, neighbour, weights) for way in ways]
     times = [_replay_times([graph], FIRST_REPEATS)[0] for graph in graphs]
     finalists = sorted(range(len(ways)), key=lambda i: times[i])[:FINALISTS]
