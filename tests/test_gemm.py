@@ -88,19 +88,26 @@ def test_no_plan_keeps_less_than_its_share_busy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_rows", "rows"),
+    ("num_tokens", "num_rows", "size", "of_swiglu", "of_others"),
     [
-        (256, 28672, 224),  # two rounds either way
-        (4096, 28672, 256),  # 28 rounds of 256 rows take as long as 32 of 224
-        (8192, 28672, 256),
-        (32768, 28672, 256),  # less than 0.1 % in it
-        (256, 16384, 256),
+        (256, 28672, 4096, gemm.Plan(224), gemm.WHOLE),  # two rounds either way
+        (2048, 28672, 4096, gemm.WHOLE, gemm.WHOLE),
+        (4096, 28672, 4096, gemm.WIDE, gemm.WIDE),  # 18 rounds
+        (32768, 28672, 4096, gemm.WIDE, gemm.WIDE),
+        (32768, 4096, 14336, gemm.WIDE, gemm.WIDE),
+        (16384, 4096, 4096, gemm.WHOLE, gemm.WHOLE),  # 11 rounds
+        (600, 128256, 4096, gemm.WHOLE, gemm.WHOLE),  # the second tile of 512 tokens would be nearly empty
+        (32768, 16384, 2048, gemm.WHOLE, gemm.WHOLE),  # a narrow model
+        (256, 16384, 2048, gemm.WHOLE, gemm.WHOLE),
     ],
 )
-def test_default_plans(num_tokens: int, num_rows: int, rows: int) -> None:
-    assert gemm.default_plan(gemm.SWIGLU, BF16, num_tokens, num_rows, CLUSTERS) == gemm.Plan(rows)
-    assert gemm.default_plan(gemm.SWIGLU, torch.float16, num_tokens, num_rows, CLUSTERS) == gemm.WHOLE
-    assert gemm.default_plan(gemm.PLAIN, BF16, num_tokens, num_rows, CLUSTERS) == gemm.WHOLE
+def test_default_plans(num_tokens: int, num_rows: int, size: int, of_swiglu: gemm.Plan, of_others: gemm.Plan) -> None:
+    sizes = num_tokens, num_rows, size, CLUSTERS
+    assert gemm.default_plan(gemm.SWIGLU, BF16, *sizes) == of_swiglu
+    for epilogue in (gemm.PLAIN, gemm.RESIDUAL):
+        assert gemm.default_plan(epilogue, BF16, *sizes) == of_others
+    for epilogue in (gemm.PLAIN, gemm.RESIDUAL, gemm.SWIGLU):
+        assert gemm.default_plan(epilogue, torch.float16, *sizes) == gemm.WHOLE
 
 
 def zeros(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:

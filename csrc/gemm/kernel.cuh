@@ -179,14 +179,15 @@ __device__ void store_tiles(const TensorMaps& maps, const Tiling& t, const Share
 // The same for stages that serve as buffers: the one behind each tile's last step, given back to both blocks' loads in
 // the name of the warps that filled it. Tiles of few steps have several of them in the ring: math fills one at a time.
 // Nothing but time says that the other block, too, has seen the stage's last step given back: the same instructions did
-// it for both blocks, before all that happens here.
+// it for both blocks, before all that happens here. The last tile's stage is not given back: nobody waits for it, and
+// where a tile lies outside of out there is nothing to store, so the other block could have ended before it knew.
 template <typename Shape>
 __device__ void store_stages(const TensorMaps& maps, const Tiling& t, const Shared<Shape>& s, int rank, int group) {
     common::wait_for_previous_kernel();
     int slot = 0;
     Cursor<Shape::kBuffers> at;
     common::mbarrier_arrive(s.ready + 8 * group);
-    for (TileWalk walk{t, s.claims}; !walk.done(); walk.advance(), at.advance()) {
+    for (TileWalk walk{t, s.claims}; !walk.done(); at.advance()) {
         const Tile tile = tile_at<Shape>(t, walk.index);
         slot = (slot + tile.steps) % Shape::kStages;
         common::mbarrier_wait(s.staged + 8 * group, at.parity);
@@ -195,6 +196,8 @@ __device__ void store_stages(const TensorMaps& maps, const Tiling& t, const Shar
             store_box(&maps.out, s.in_stage(slot, group, box), out_column<Shape>(tile, box),
                       out_token<Shape>(tile, rank, group, box));
         wait_stores_read();
+        walk.advance();
+        if (walk.done()) break;
         common::mbarrier_arrive(s.ready + 8 * group);
         for (int block = 0; block < kCluster; ++block)
             common::arrive_remote(common::in_block(s.empty + 8 * slot, block), kMathWarps / kMathGroups);

@@ -21,7 +21,8 @@ PLAIN, RESIDUAL, SWIGLU = range(3)  # the numbers of gemm::Epilogue
 TILE = 256  # tokens of most tiles of two multiprocessors, and weight rows of the tallest
 BLOCK_TOKENS = TILE // 2
 STAGE_COLUMNS = 64
-MUCH_LESS = 0.95  # of the time by rows: tiles of fewer rows read x more often
+MUCH_LESS = 0.95  # of the work: tiles of fewer rows read x more often
+MIN_WIDE_ROUNDS, MIN_WIDE_SIZE = 16, 4096  # where WIDE, which takes less energy, was seen to take less time
 MIN_OCCUPANCY = 0.85  # with more of the GPU idle in the last round of tiles, cuBLASLt's smaller tiles win
 
 
@@ -90,17 +91,24 @@ def promising(
     return found
 
 
-def default_plan(epilogue: int, dtype: torch.dtype, num_tokens: int, num_rows: int, clusters: int) -> Plan:
+def default_plan(epilogue: int, dtype: torch.dtype, num_tokens: int, num_rows: int, size: int, clusters: int) -> Plan:
     """Where nothing was tried: tiles of 128 tokens by all rows, or of SwiGLU's the shorter ones where those save much
-    of the rounds that the clusters take, if a row takes always the same."""
+    of the work that each cluster does in turn. For long prompts of wide models tiles of 256 tokens."""
+    known = compiled(epilogue, dtype)
+
+    def rounds(plan: Plan) -> int:
+        return -(-_parts(plan, num_tokens, num_rows) // clusters)
+
+    def work(plan: Plan) -> int:
+        return rounds(plan) * plan.rows * plan.tokens
+
+    enough = size >= MIN_WIDE_SIZE and rounds(WIDE) >= MIN_WIDE_ROUNDS
+    if WIDE in known and enough and work(WIDE) * MUCH_LESS <= work(WHOLE):
+        return WIDE
     if epilogue != SWIGLU:
         return WHOLE
-
-    def rows_in_turn(plan: Plan) -> int:
-        return -(-_parts(plan, num_tokens, num_rows) // clusters) * plan.rows
-
-    best = min((plan for plan in compiled(epilogue, dtype) if plan.tokens == BLOCK_TOKENS), key=rows_in_turn)
-    return best if rows_in_turn(best) <= MUCH_LESS * rows_in_turn(WHOLE) else WHOLE
+    best = min((plan for plan in known if plan.tokens == BLOCK_TOKENS), key=work)
+    return best if work(best) <= MUCH_LESS * work(WHOLE) else WHOLE
 
 
 def plans_for(epilogue: int, x: torch.Tensor, weight: torch.Tensor) -> list[Plan]:
@@ -183,12 +191,12 @@ def _launch(
             raise wrong_tensor(op, name, tensor, f"contiguous {x.dtype}, 16-byte aligned")
         if not is_hopper(tensor.device) or tensor.device != x.device:
             raise UserError(f"{op}: {name} is on {tensor.device}; expected a Hopper GPU, the same for every tensor")
-    plan = plan or default_plan(epilogue, x.dtype, x.shape[0], weight.shape[0], clusters_at_once(x.device))
+    sizes = (x.shape[0], weight.shape[0], x.shape[1])
+    plan = plan or default_plan(epilogue, x.dtype, *sizes, clusters_at_once(x.device))
     _check_plan(op, epilogue, plan, x, weight)
     workspace = _workspace(x.device) if plan.splits > 1 else None
     scratch = {"workspace": workspace.data_ptr(), "workspace_bytes": workspace.nbytes} if workspace is not None else {}
     operands = (x.data_ptr(), weight.data_ptr(), 0 if residual is None else residual.data_ptr(), out.data_ptr())
-    sizes = (x.shape[0], weight.shape[0], x.shape[1])
     stream = torch.cuda.current_stream(x.device).cuda_stream
     library().gemm(*operands, *sizes, epilogue, DTYPES[x.dtype], stream=stream, **plan._asdict(), **scratch)
     return out

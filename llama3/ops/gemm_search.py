@@ -84,7 +84,8 @@ def swiglu_plan(x: torch.Tensor, gate_up: torch.Tensor, apart: Way) -> Plan | No
         if num_tokens <= gemm.BLOCK_TOKENS or not _may_search(num_tokens):
             if not gemm.suits(x.device, num_tokens, num_rows, size):
                 return None
-            return gemm.default_plan(gemm.SWIGLU, x.dtype, num_tokens, num_rows, gemm.clusters_at_once(x.device))
+            clusters = gemm.clusters_at_once(x.device)
+            return gemm.default_plan(gemm.SWIGLU, x.dtype, num_tokens, num_rows, size, clusters)
         _fused[product] = _fastest_swiglu(f"{_key(product)}, SwiGLU", x, gate_up, apart)
     return _fused[product]
 
