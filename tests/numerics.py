@@ -15,9 +15,9 @@ def assert_within_contract(
     of the root-mean-square value; a NaN or infinity anywhere fails.
     """
     assert result.shape == truth.shape == same_precision.shape
-    truth = truth.double().cpu()
-    error = (result.double().cpu() - truth).abs()
-    allowed = (same_precision.double().cpu() - truth).abs()
+    truth = truth.double().to(result.device)
+    error = (result.double() - truth).abs()
+    allowed = (same_precision.double().to(result.device) - truth).abs()
     assert torch.isfinite(error).all(), f"{int((~torch.isfinite(error)).sum())} elements are not finite"
     floor = ROUNDING_FLOOR[result.dtype]
     for name, measure in (("largest", torch.Tensor.max), ("rms", lambda t: t.square().mean().sqrt())):
